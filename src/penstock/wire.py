@@ -1,0 +1,201 @@
+"""What crosses the border between the front and the engine: msgspec structs, msgpack, length-prefixed.
+
+A frame is a 4-byte little-endian length and that many bytes of msgpack. Ids of sequences are chosen by the
+front and never used again in its life; which engine (epoch) a message belongs to is the channel it came
+through, so a late message of a dead engine is void because its channel is gone.
+
+    front                                   engine
+      Start(options) ───────────────────────▶
+      ◀─────────────── Loading … Ready | Halt
+      Submit, End, Shutdown ────────────────▶
+      ◀──────────── Step (one a step, all rows)
+
+A sequence's life on the wire: one `Submit`, then any number of `Row`s, then exactly one `Ended`, which also
+answers an `End`. After `Ended` the engine knows nothing of the id any more.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import msgspec
+
+FRAME_HEADER = 4
+MAX_FRAME = 1 << 30
+
+
+class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How a sequence's next id is drawn. The defaults are greedy. Semantics are mlx-lm's `sample_utils`.
+
+    A draw's key is (seed, choice, position in the sequence's ids, purpose), so it does not depend on who
+    shares the batch. Context sizes count the last ids of prompt and answer together.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.0
+    repetition_penalty: float = 1.0
+    repetition_context_size: int = 20
+    presence_penalty: float = 0.0
+    presence_context_size: int = 20
+    frequency_penalty: float = 0.0
+    frequency_context_size: int = 20
+    logit_bias: dict[int, float] = {}
+    seed: int = 0
+    choice: int = 0
+    logprobs: int | None = None
+    """None: none; k ≥ 0: the chosen id's log-probability and the k most likely ids'."""
+
+
+class EngineOptions(msgspec.Struct, frozen=True):
+    """What the engine is told once, at its start."""
+
+    model_path: str
+    trust_remote_code: bool = False
+    decode_concurrency: int = 32
+    prompt_concurrency: int = 8
+    prefill_step_size: int = 2048
+    stall_target_ms: float = 200.0
+    batch_mode: str = "auto"
+    """auto: what the probe at load finds to be right; ragged or serial: as told, for tests."""
+
+
+class Start(msgspec.Struct, frozen=True, tag="start"):
+    options: EngineOptions
+
+
+class Submit(msgspec.Struct, frozen=True, tag="submit"):
+    """A new sequence: ids as little-endian uint32, `delivered` those already generated before (continuation)."""
+
+    id: int
+    prompt: bytes
+    sampling: Sampling
+    arrival: int
+    delivered: bytes = b""
+    max_tokens: int | None = None
+    """Counts delivered ids too; None: until the context or the memory ends."""
+    min_tokens: int = 0
+    ignore_eos: bool = False
+
+
+class End(msgspec.Struct, frozen=True, tag="end"):
+    """The front ends a sequence: the first `keep` ids (prompt and answer) count, what is beyond is dropped."""
+
+    id: int
+    keep: int
+
+
+class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
+    """Finish the step in flight and exit with code 0."""
+
+
+class Loading(msgspec.Struct, frozen=True, tag="loading"):
+    """Progress of the start: what is being done, in words for people ('weights', 'probe')."""
+
+    stage: str
+
+
+class Ready(msgspec.Struct, frozen=True, tag="ready"):
+    """The model is loaded and probed; sequences are taken from now on."""
+
+    model_type: str
+    context_length: int
+    eos_ids: list[int]
+    vocab_size: int
+    backend: str
+    device: str
+    batch_mode: str
+    batch_reason: str
+    weights_bytes: int
+    kv_bytes_per_token: int
+    state_bytes: int
+    """Bytes of a row's recurrent states, whatever its length."""
+    versions: dict[str, str]
+
+
+class Halt(msgspec.Struct, frozen=True, tag="halt"):
+    """The model cannot be served, and a restart would not mend it. One sentence says why."""
+
+    reason: str
+
+
+class Row(msgspec.Struct, frozen=True, array_like=True):
+    """New ids of one sequence, with their log-probabilities where asked for."""
+
+    id: int
+    tokens: list[int]
+    logprobs: list[float] | None = None
+    top: list[list[tuple[int, float]]] | None = None
+
+
+class Prefill(msgspec.Struct, frozen=True, array_like=True):
+    """How far a prompt has been computed, in ids."""
+
+    id: int
+    done: int
+    total: int
+
+
+class Ended(msgspec.Struct, frozen=True, array_like=True):
+    """The last word on a sequence. `reason`: stop (end-of-turn id), length, cut (the front's `End`), error."""
+
+    id: int
+    reason: str
+    computed: int
+    kind: str | None = None
+    """For an error: the name of the `errors.Kind`."""
+    message: str | None = None
+
+
+class Step(msgspec.Struct, frozen=True, tag="step"):
+    """What one step brought, for all rows together."""
+
+    rows: list[Row] = []
+    prefill: list[Prefill] = []
+    ended: list[Ended] = []
+
+
+ToEngine = Start | Submit | End | Shutdown
+ToFront = Loading | Ready | Halt | Step
+
+_encoder = msgspec.msgpack.Encoder()
+_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+
+
+def encode(message: ToEngine | ToFront) -> bytes:
+    """One frame, header included."""
+    body = _encoder.encode(message)
+    return len(body).to_bytes(FRAME_HEADER, "little") + body
+
+
+def decode_to_engine(body: bytes | memoryview) -> ToEngine:
+    """The message in a frame's body, on the engine's side. Raises msgspec.ValidationError."""
+    return _decode(ToEngine, body)  # type: ignore[no-any-return]
+
+
+def decode_to_front(body: bytes | memoryview) -> ToFront:
+    """The message in a frame's body, on the front's side. Raises msgspec.ValidationError."""
+    return _decode(ToFront, body)  # type: ignore[no-any-return]
+
+
+def _decode(union: Any, body: bytes | memoryview) -> Any:
+    decoder = _decoders.get(union)
+    if decoder is None:
+        decoder = _decoders[union] = msgspec.msgpack.Decoder(union)
+    return decoder.decode(body)
+
+
+def pack_ids(ids: array[int]) -> bytes:
+    """Ids as the wire carries them: little-endian uint32. `ids` has typecode 'I'."""
+    return ids.tobytes()
+
+
+def unpack_ids(packed: bytes) -> array[int]:
+    """The ids of `pack_ids`, typecode 'I'."""
+    ids = array("I")
+    ids.frombytes(packed)
+    return ids
