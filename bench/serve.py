@@ -1,0 +1,229 @@
+"""`make bench`: penstock beside mlx_lm.server and the raw loops: one run, same models, same traffic, in turn.
+
+Each round starts every system afresh (so nobody's earlier answers count as memory or as cache), warms it up,
+sends the batch from a process of its own, and reads time stamps per id. Rounds alternate the systems' order.
+Prints a table of medians with min–max and of ratios taken round by round, and writes everything as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+from bench import procs, report
+from bench.models import SHAPES, prompt_text
+
+BASE = "mlx_lm.server"
+SYSTEMS = [BASE, "penstock", "raw mlx_lm", "raw penstock"]
+MB = 1e6
+BRIEF = ("ttft_max_ms", "step_ms", "tokens_per_s")
+Results = dict[str, dict[str, list[report.Figures]]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A batch: prompt and answer ids of each row. Rows of another length than row 0 are sent 50 ms later."""
+
+    name: str
+    prompts: tuple[int, ...]
+    answers: tuple[int, ...]
+
+
+def equal(rows: int, length: int, answer: int) -> Case:
+    """Rows of one length."""
+    return Case(f"{rows} × {length}", (length,) * rows, (answer,) * rows)
+
+
+def skewed(long: int, rows: int, short: int, answer: int) -> Case:
+    """One long row beside short ones, which answer longer, so that all decode together for a while."""
+    return Case(
+        f"{long:,} + {rows} × {short}", (long, *(short,) * rows), (answer, *(answer + answer // 2,) * rows)
+    )
+
+
+SUITES: dict[str, tuple[int, list[Case]]] = {
+    "smoke": (1, [equal(4, 64, 48), skewed(1000, 3, 50, 24)]),
+    "full": (3, [equal(8, 512, 96), skewed(8000, 7, 100, 48)]),
+    "gpu": (2, [equal(8, 512, 256), skewed(8000, 7, 100, 192), equal(1, 512, 256), equal(32, 512, 128)]),
+}
+
+
+def requests(case: Case, seed: int) -> list[dict[str, Any]]:
+    """The chat requests of a case. A word is an id, so lengths are exact but for the template's few."""
+    return [
+        {
+            "path": "/v1/chat/completions",
+            "delay": 0.0 if length == case.prompts[0] else 0.05,
+            "body": {
+                "model": "default_model",
+                "messages": [{"role": "user", "content": prompt_text(length, seed * 1000 + row)}],
+                "max_tokens": answer,
+                "temperature": 0,
+                "stream": True,
+                "stream_options": {"include_usage": True},
+            },
+        }
+        for row, (length, answer) in enumerate(zip(case.prompts, case.answers, strict=True))
+    ]
+
+
+def measure(system: str, model: Path, case: Case, seed: int, *, log: Path, gpu: bool) -> report.Figures:
+    """One round of one system. Raises RuntimeError if any answer is not whole."""
+    if system.startswith("raw "):
+        return measure_raw(system.removeprefix("raw "), model, case, seed, gpu=gpu)
+    with procs.Server(system, model, log, gpu=gpu) as server:
+        server.wait_ready()
+        warm = Case("warm-up", (48,) * len(case.prompts), (6,) * len(case.prompts))
+        check(warm, procs.send_load(server.port, requests(warm, seed + 500)), system)
+        time.sleep(0.5)
+        idle = procs.resident(server.pids())
+        device_idle = server.samples[-1].device
+        server.reset_peak()
+        answers = procs.send_load(server.port, requests(case, seed))
+        peak = server.peak()
+        check(case, answers, system)
+        rows = [answer["arrivals"] for answer in answers]
+        figures = report.timings([answer["sent"] for answer in answers], rows)
+        figures |= {"idle_mb": idle / MB, "peak_mb": peak / MB, "peak_over_idle_mb": (peak - idle) / MB}
+        start, end = report.steady_window(rows)
+        steady = [s for s in server.samples if start <= s.at <= end]
+        if len(steady) > 1:
+            figures["decode_over_idle_mb"] = (median(s.resident for s in steady) - idle) / MB
+            spent, between = steady[-1].front_cpu - steady[0].front_cpu, (steady[0].at, steady[-1].at)
+            emitted = sum(between[0] < t <= between[1] for row in rows for t in row)
+            if system == "penstock" and emitted and procs.LINUX:
+                figures["front_us_per_token"] = 1e6 * spent / emitted
+        if gpu:
+            top = max(s.device for s in server.samples)
+            figures["device_over_idle_mb"] = (top - device_idle) / MB
+        return figures
+
+
+def check(case: Case, answers: list[dict[str, Any]], system: str) -> None:
+    """Every row answered in full, or the figures mean nothing."""
+    for row, (answer, wanted) in enumerate(zip(answers, case.answers, strict=True)):
+        got, usage = len(answer["arrivals"]), answer["usage"] or {}
+        if not answer["complete"] or got != wanted or usage.get("completion_tokens") != wanted:
+            raise RuntimeError(
+                f"{system}, {case.name}, row {row}: {got} of {wanted} ids, usage {usage}, "
+                f"status {answer['status']}, error {answer['error']}"
+            )
+
+
+def measure_raw(loop: str, model: Path, case: Case, seed: int, *, gpu: bool) -> report.Figures:
+    """One round of a raw loop, on the same prompts without the template."""
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
+    texts = [prompt_text(length, seed * 1000 + row) for row, length in enumerate(case.prompts)]
+    spec = {
+        "loop": loop,
+        "model": str(model),
+        "prompts": [encoded.ids for encoded in tokenizer.encode_batch(texts)],
+        "max_tokens": case.answers,
+    }
+    done = subprocess.run(
+        [sys.executable, "-m", "bench.raw"],
+        input=json.dumps(spec),
+        capture_output=True,
+        text=True,
+        check=False,
+        env=procs.environment(gpu=gpu),
+    )
+    if done.returncode:
+        raise RuntimeError(f"raw {loop}: {done.stderr[-1500:]}")
+    answer = json.loads(done.stdout.splitlines()[-1])
+    figures = report.timings([answer["sent"]] * len(case.prompts), answer["arrivals"])
+    return figures | {"allocator_peak_mb": answer["peak"] / MB}
+
+
+def run(args: argparse.Namespace, models: dict[str, Path], log: Path) -> Results:
+    """All rounds. A system that fails is reported and left out of that round; the others go on."""
+    rounds, cases = SUITES[args.suite]
+    results: Results = {}
+    for shape, model in models.items():
+        for case in cases:
+            found = results[f"{shape}, {case.name}"] = {system: [] for system in args.systems}
+            for turn in range(args.rounds or rounds):
+                for system in args.systems if turn % 2 == 0 else args.systems[::-1]:
+                    began = time.monotonic()
+                    try:
+                        figures = measure(system, model, case, turn + 1, log=log, gpu=args.gpu)
+                    except (RuntimeError, subprocess.SubprocessError) as problem:
+                        print(f"{case.name} round {turn + 1} {system}: FAILED: {problem}", file=sys.stderr)
+                        continue
+                    found[system].append(figures)
+                    brief = {key: round(figures[key], 1) for key in BRIEF if key in figures}
+                    seconds = time.monotonic() - began
+                    print(f"{case.name} round {turn + 1} {system}: {seconds:.0f} s {brief}", file=sys.stderr)
+    return results
+
+
+def machine() -> dict[str, Any]:
+    """What the figures were measured on and with."""
+    import os
+
+    packages = ("mlx", "mlx-lm", "penstock", "uvicorn", "tokenizers")
+    versions = {}
+    for name in packages:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = "from source"
+    return {
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "cores": os.cpu_count(),
+        "load_before": os.getloadavg(),
+        "blas": procs.environment(gpu=False).get("LD_PRELOAD", "").rsplit("/", 1)[-1],
+        "versions": versions,
+    }
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="python -m bench.serve", description=__doc__)
+    parser.add_argument("--suite", choices=sorted(SUITES), default="full")
+    parser.add_argument("--smoke", action="store_const", const="smoke", dest="suite", help="under a minute")
+    parser.add_argument("--rounds", type=int, help="instead of the suite's own number")
+    parser.add_argument("--models", type=lambda text: text.split(","), help="shapes of bench.models")
+    parser.add_argument("--model-dir", type=Path, help="measure this model directory instead")
+    parser.add_argument("--systems", type=lambda text: text.split(","), default=SYSTEMS)
+    parser.add_argument("--gpu", action="store_true", help="no OpenBLAS; GPU memory through nvidia-smi")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--out", type=Path, help="JSON of all rounds")
+    args = parser.parse_args()
+    args.models = args.models or (["dense"] if args.suite == "smoke" else ["dense", "hybrid"])
+    if unknown := set(args.models) - set(SHAPES):
+        parser.error(f"no such shape: {', '.join(sorted(unknown))}")
+    return args
+
+
+def main() -> int:
+    args = parse()
+    about = machine()
+    with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
+        models = {args.model_dir.name: args.model_dir} if args.model_dir else {}
+        for shape in [] if args.model_dir else args.models:
+            models[shape] = Path(scratch) / shape
+            writer = [sys.executable, "-m", "bench.models", shape, str(models[shape]), "--dtype", args.dtype]
+            subprocess.run(writer, check=True, env=procs.environment(gpu=args.gpu))
+        results = run(args, models, Path(scratch) / "servers.log")
+    if args.out:
+        cases = {case.name: asdict(case) for case in SUITES[args.suite][1]}
+        args.out.write_text(json.dumps({"machine": about, "cases": cases, "results": results}, indent=1))
+    print(report.table(results, BASE))
+    return 0 if all(rounds for systems in results.values() for rounds in systems.values()) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
