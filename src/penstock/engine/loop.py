@@ -1,0 +1,296 @@
+"""The engine's loop: receive, plan, run, emit; one step at a time, at most one in flight.
+
+Owns the sequences and the step in flight; the only caller of the runner, hence the only code that makes MLX
+compute once the model is loaded. A step is launched before the one before it is read (launching n+1 hides
+the host's work behind the device), and nothing of a step leaves the engine before it has been read:
+
+    launch n+1 ─ read n ─ emit n ─ receive ─ plan ─ launch n+2 ─ read n+1 …
+
+Invariant: clients see ids that a clean read returned. After any error from MLX nothing since the last clean
+read is believed: every row is dropped and computed again from its ids, and a sequence that was on board at
+two errors in a row without a new id fails alone.
+"""
+
+from __future__ import annotations
+
+import gc
+import logging
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+import mlx.core as mx
+
+from penstock import wire
+from penstock.engine.sampler import SamplingBatch, sample
+from penstock.engine.scheduler import Chunk, Facts, Plan, account, schedule
+from penstock.engine.sequence import Sequence
+from penstock.page import Page, Phase
+from penstock.pipe import EngineChannel, FrontGone
+
+log = logging.getLogger("penstock.engine")
+
+BACKLOG_BOUND = 8 << 20
+"""Bytes that may wait to be written to the front before the engine stops launching steps."""
+IDLE_BEAT = 1.0
+"""Seconds between signs of life while there is nothing to do."""
+SPEED_DECAY = 0.5
+"""Weight of the last chunk in the measured prefill speed."""
+
+
+class Closed(Exception):
+    """The front asked the engine to stop."""
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step: its decode rows and their draws (B,), and the prefill arrays to be waited for."""
+
+    rows: tuple[Sequence, ...]
+    draws: Any
+    chunk: Chunk | None
+    chunk_arrays: Any
+    launched_at: float
+
+
+class Loop:
+    """Runs sequences over a `Runner` until the front closes the channel."""
+
+    def __init__(
+        self,
+        runner: Any,
+        channel: EngineChannel,
+        page: Page,
+        facts: Facts,
+        *,
+        context_length: int,
+        eos_ids: frozenset[int],
+        vocab_size: int,
+        pipelined: bool = True,
+    ) -> None:
+        self.runner = runner
+        self.channel = channel
+        self.page = page
+        self.facts = facts
+        self.context_length = context_length
+        self.eos_ids = eos_ids
+        self.vocab_size = vocab_size
+        self.pipelined = pipelined
+        self.sequences: dict[int, Sequence] = {}
+        self.in_flight: InFlight | None = None
+        self.report = wire.Step([], [], [])
+        self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
+
+    def run(self) -> None:
+        """Serve until the front closes the channel or says `Shutdown`."""
+        try:
+            while True:
+                self.turn()
+        except (Closed, FrontGone):
+            return
+
+    def turn(self) -> None:
+        """One turn: take what has arrived, run one step, report it."""
+        self._receive()
+        try:
+            if not self.pipelined or (self.in_flight is not None and self.in_flight.chunk is not None):
+                # Two chunks in flight would hold two chunks' activations at a time.
+                self._read()
+            plan = schedule(self.sequences.values(), self.facts)
+            launched = self._launch(plan) if plan else None
+            self._read()
+            self.in_flight = launched
+        except (RuntimeError, ValueError, MemoryError) as error:
+            self._recover(error)
+        self._emit()
+
+    # -- messages -------------------------------------------------------------------------------------
+
+    def _receive(self) -> None:
+        idle = not self.sequences and self.in_flight is None
+        if idle:
+            self.page.begin(Phase.IDLE)
+        for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
+            self._take(message)
+        while self.channel.backlog > BACKLOG_BOUND:
+            for message in self.channel.receive(0.05):
+                self._take(message)
+            self.page.beat()
+        self.page.beat()
+
+    def _take(self, message: wire.ToEngine) -> None:
+        match message:
+            case wire.Submit():
+                self._submit(message)
+            case wire.End():
+                sequence = self.sequences.get(message.id)
+                if sequence is not None:
+                    self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
+            case wire.Shutdown():
+                raise Closed
+            case _:
+                log.error("unexpected message %s", type(message).__name__)
+
+    def _submit(self, message: wire.Submit) -> None:
+        sequence = Sequence(message, self.context_length)
+        self.sequences[sequence.id] = sequence
+        reason = sequence.finish_reason(self.eos_ids)
+        if reason is None and len(sequence.tokens) >= sequence.limit:
+            reason = "length"
+        if reason is not None:
+            self._end(sequence, reason)
+
+    def _end(self, sequence: Sequence, reason: str, *, computed: int | None = None, **error: str) -> None:
+        del self.sequences[sequence.id]
+        if sequence.row is not None:
+            self.runner.close(sequence.row)
+            sequence.row = None
+        kept = sequence.computed if computed is None else computed
+        self.report.ended.append(wire.Ended(sequence.id, reason, kept, **error))
+
+    def _emit(self) -> None:
+        if self.report.rows or self.report.prefill or self.report.ended:
+            self.channel.send(self.report)
+            self.report = wire.Step([], [], [])
+
+    # -- one step -------------------------------------------------------------------------------------
+
+    def _launch(self, plan: Plan) -> InFlight:
+        for sequence in plan.admit:
+            sequence.row = self.runner.open(sequence.first_capacity)
+        draws = self._launch_decode(plan.decode) if plan.decode else None
+        arrays = None
+        if plan.chunk is not None:
+            arrays = self._launch_chunk(plan.chunk)
+        return InFlight(plan.decode, draws, plan.chunk, arrays, time.monotonic())
+
+    def _launch_decode(self, rows: tuple[Sequence, ...]) -> Any:
+        self.page.begin(Phase.DECODE, [(s.id, s.launched) for s in rows])
+        inputs = self._inputs(rows)
+        logits = self.runner.decode([s.row for s in rows], inputs)
+        batch = self._sampling_batch(rows)
+        draws = sample(
+            logits,
+            batch,
+            positions=[s.drawn for s in rows],
+            history=[s.tokens if s.input_on_device else s.tokens[:-1] for s in rows]
+            if batch.needs_history
+            else [],
+            inputs=inputs,
+            excluded=[self.eos_ids if s.must_go_on else () for s in rows]
+            if any(s.min_tokens for s in rows)
+            else None,
+        )
+        mx.async_eval(draws)
+        for sequence in rows:
+            sequence.launched += 1
+        return draws
+
+    def _inputs(self, rows: tuple[Sequence, ...]) -> mx.array:
+        """Each row's next input id, shape (B,): from the step in flight where the host does not know it yet."""
+        before = self.in_flight
+        if before is None or before.draws is None or not any(s.input_on_device for s in rows):
+            return mx.array([s.tokens[s.launched] for s in rows], dtype=mx.int32)
+        if rows == before.rows:
+            return before.draws.tokens
+        place = {s.id: i for i, s in enumerate(before.rows)}
+        known = [0 if s.input_on_device else s.tokens[s.launched] for s in rows]
+        index = [place[s.id] if s.input_on_device else len(before.rows) + i for i, s in enumerate(rows)]
+        return mx.concatenate([before.draws.tokens, mx.array(known, dtype=mx.int32)])[mx.array(index)]
+
+    def _sampling_batch(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
+        ids = tuple(s.id for s in rows)
+        if self.sampling is None or self.sampling[0] != ids:
+            self.sampling = ids, SamplingBatch([s.sampling for s in rows], self.vocab_size)
+        return self.sampling[1]
+
+    def _launch_chunk(self, chunk: Chunk) -> Any:
+        sequence = chunk.sequence
+        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.launched)])
+        start = sequence.launched
+        ids = sequence.tokens[start : start + chunk.length]
+        arrays = self.runner.prefill(sequence.row, ids)
+        account(chunk, [s for s in self.sequences.values() if s.prefill_left])
+        sequence.launched += chunk.length
+        return arrays
+
+    def _read(self) -> None:
+        """Wait for the step in flight and book what it brought. Raises what MLX raises, also late."""
+        step, self.in_flight = self.in_flight, None
+        if step is None:
+            return
+        if step.draws is not None:
+            self._read_draws(step)
+        if step.chunk is not None:
+            self._emit()
+            self._read_chunk(step)
+        self.page.step_done()
+
+    def _read_draws(self, step: InFlight) -> None:
+        tokens = step.draws.tokens.tolist()
+        logprobs, top = step.draws.read()
+        for i, sequence in enumerate(step.rows):
+            if self.sequences.get(sequence.id) is not sequence:
+                continue
+            sequence.tokens.append(tokens[i])
+            sequence.computed = len(sequence.tokens) - 1
+            sequence.failures = 0
+            k = sequence.sampling.logprobs
+            self.report.rows.append(
+                wire.Row(
+                    sequence.id,
+                    [tokens[i]],
+                    None if k is None else [logprobs[i]],
+                    None if not k else [top[i][:k]],
+                )
+            )
+            reason = sequence.finish_reason(self.eos_ids)
+            if reason is not None:
+                self._end(sequence, reason)
+
+    def _read_chunk(self, step: InFlight) -> None:
+        chunk = step.chunk
+        assert chunk is not None
+        mx.eval(step.chunk_arrays)
+        sequence = chunk.sequence
+        speed = (time.monotonic() - step.launched_at) / chunk.length
+        before = self.facts.seconds_per_prefill_id
+        if before is not None:
+            speed = SPEED_DECAY * speed + (1 - SPEED_DECAY) * before
+        self.facts = replace(self.facts, seconds_per_prefill_id=speed)
+        if self.sequences.get(sequence.id) is sequence:
+            sequence.computed += chunk.length
+            self.report.prefill.append(wire.Prefill(sequence.id, sequence.computed, sequence.prompt_length))
+
+    # -- errors ---------------------------------------------------------------------------------------
+
+    def _recover(self, error: Exception) -> None:
+        """Take every row back to its ids; fail those that were on board at the error before, too."""
+        log.error(
+            "a step failed, its rows are computed again: %s", error, exc_info=log.isEnabledFor(logging.DEBUG)
+        )
+        self.in_flight = None
+        self.sampling = None
+        for sequence in list(self.sequences.values()):
+            if sequence.row is None:
+                continue
+            self.runner.close(sequence.row)
+            sequence.restart()
+            sequence.failures += 1
+            if sequence.failures > 1:
+                self._end(
+                    sequence, "error", kind="INTERNAL", message=f"the engine could not compute this: {error}"
+                )
+        self.runner.reset()
+        self._synchronise()
+
+    def _synchronise(self) -> None:
+        """Collect the errors that MLX still holds back, then hand freed memory back."""
+        for _ in range(16):
+            try:
+                mx.synchronize()
+                break
+            except RuntimeError:
+                continue
+        gc.collect()
+        mx.clear_cache()

@@ -1,0 +1,101 @@
+"""A sequence: the ids of one choice of one request, and how far the engine has come with them.
+
+Owns the three counts that everything else is derived from: `tokens` (prompt and answer, as far as known),
+`launched` (how many of them have been fed to a forward pass) and `computed` (how many of those are confirmed
+by a clean read). A step makes `launched` and `computed` chase `tokens`: chunked prefill, resumption after an
+error and continuation after a crash are all the same. Knows neither MLX nor the clock.
+
+Invariant: computed ≤ launched ≤ len(tokens) + 1 (the one beyond is the input that is still on the device).
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+from penstock.wire import Sampling, Submit, unpack_ids
+
+FIRST_ROOM = 1024
+"""Ids of an answer that a row has room for from the start; what is longer grows by steps."""
+
+
+class Sequence:
+    """One sequence from its `Submit` to its `Ended`."""
+
+    __slots__ = (
+        "arrival",
+        "computed",
+        "failures",
+        "id",
+        "ignore_eos",
+        "launched",
+        "limit",
+        "min_tokens",
+        "passed_over",
+        "prompt_length",
+        "row",
+        "sampling",
+        "tokens",
+    )
+
+    def __init__(self, submit: Submit, context_length: int) -> None:
+        self.id = submit.id
+        self.arrival = submit.arrival
+        self.sampling: Sampling = submit.sampling
+        self.tokens: array[int] = unpack_ids(submit.prompt)
+        self.prompt_length = len(self.tokens)
+        self.tokens.extend(unpack_ids(submit.delivered))
+        self.min_tokens = submit.min_tokens
+        self.ignore_eos = submit.ignore_eos
+        most = context_length if submit.max_tokens is None else self.prompt_length + submit.max_tokens
+        self.limit = min(most, context_length)
+        self.launched = 0
+        self.computed = 0
+        self.failures = 0
+        self.passed_over = 0
+        self.row: Any = None
+
+    @property
+    def prefill_left(self) -> int:
+        """Ids to compute before the next one can be drawn: all but the last, which a decode step takes."""
+        return max(0, len(self.tokens) - 1 - self.launched)
+
+    @property
+    def decodable(self) -> bool:
+        """Whether a decode step may take it: its input is known or on the device, and the draw counts."""
+        return self.prefill_left == 0 and self.launched + 2 <= self.limit
+
+    @property
+    def input_on_device(self) -> bool:
+        """Whether the next input is the draw of the step in flight, not yet known to the host."""
+        return self.launched == len(self.tokens)
+
+    @property
+    def drawn(self) -> int:
+        """Index in `tokens` of the id that the next decode step draws: the position in its draw's key."""
+        return self.launched + 1
+
+    @property
+    def must_go_on(self) -> bool:
+        """Whether the next draw may not end the answer yet (`min_tokens`)."""
+        return self.drawn - self.prompt_length < self.min_tokens
+
+    @property
+    def first_capacity(self) -> int:
+        """Ids that its row is opened for."""
+        room = min(self.limit - self.prompt_length, FIRST_ROOM)
+        return max(len(self.tokens), self.prompt_length + room) + 1
+
+    def restart(self) -> None:
+        """Forget what was computed: the ids stay, everything is to be computed again."""
+        self.row = None
+        self.launched = 0
+        self.computed = 0
+
+    def finish_reason(self, eos_ids: frozenset[int]) -> str | None:
+        """Why it ends with its last id: 'stop' (end-of-turn id), 'length', or None if it goes on."""
+        if len(self.tokens) == self.prompt_length:
+            return None
+        if not self.ignore_eos and self.tokens[-1] in eos_ids:
+            return "stop"
+        return "length" if len(self.tokens) >= self.limit else None
