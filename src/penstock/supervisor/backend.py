@@ -1,0 +1,372 @@
+"""The backend: the API's one door to the engine, whichever engine process is behind it at the moment.
+
+Owns the machine, the journal and the current engine; acts out what the machine decides. All of it runs on one
+event loop. A ticket outlives its engine: when that dies the open sequences are submitted to the next one with
+what was delivered, and the same tickets go on. Messages of a dead engine are void, because its channel is.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import secrets
+from collections import deque
+from collections.abc import Mapping, Sequence
+from time import monotonic
+from typing import Any
+
+import msgspec
+
+from penstock import wire
+from penstock.errors import Kind, PenstockError
+from penstock.supervisor import machine as m
+from penstock.supervisor.channel import FrontChannel
+from penstock.supervisor.journal import Entry, Journal, guilty, in_order_of_resubmission
+from penstock.supervisor.process import COMMAND, EngineProcess, describe_exit
+from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
+
+__all__ = ["Backend", "Done", "Finished", "Job", "Progress", "Ticket", "TicketStats", "Tokens"]
+
+_log = logging.getLogger("penstock.supervisor")
+_SEED_BITS = 53
+
+
+class _Engine:
+    """One engine process with its channel, and what is known of its end: exit code and end of stream."""
+
+    def __init__(self, backend: Backend, epoch: int, limits: m.HangLimits) -> None:
+        self.epoch = epoch
+        self.code: int | None = None
+        self.closed = False
+        self.verdict: str | None = None
+        self.process = EngineProcess(
+            backend.command, epoch, lambda code: backend._exited(self, code), backend.environment
+        )
+        self.watch = m.Watch(limits, monotonic())
+        self.channel = FrontChannel(
+            lambda message: backend._message(self, message),
+            lambda error: backend._closed(self, error),
+            backend._flush,
+        )
+
+
+class Backend:
+    """Jobs in, tickets out; `state` and `reason` say how the engine is."""
+
+    def __init__(
+        self,
+        command: Sequence[str] = COMMAND,
+        *,
+        policy: m.Policy | None = None,
+        limits: m.HangLimits | None = None,
+        environment: Mapping[str, str] | None = None,
+    ) -> None:
+        self.command = command
+        self.environment = environment
+        self.ready: wire.Ready | None = None
+        self.stage = ""
+        self._limits = limits or m.HangLimits()
+        self._life = m.EngineLife(policy)
+        self._journal = Journal()
+        self._engine: _Engine | None = None
+        self._epoch = 0
+        self._options: wire.EngineOptions | None = None
+        self._unsent: deque[Entry] = deque()
+        self._draining = False
+        self._changed = asyncio.Event()
+        self._stopped = False
+        self._watch_timer: asyncio.TimerHandle | None = None
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def state(self) -> str:
+        """downloading (not started yet), loading, ready, restarting, halted, stopping."""
+        if self._draining:
+            return m.State.STOPPING.value
+        return self._life.state.value if self._options is not None else "downloading"
+
+    @property
+    def reason(self) -> str | None:
+        """Why it is restarting or halted."""
+        return self._life.reason
+
+    def start(self, options: wire.EngineOptions) -> None:
+        """Starts the first engine and returns at once. To be called once, on the event loop."""
+        self._options = options
+        self._act(self._life.start())
+        self._watch_timer = asyncio.get_running_loop().call_later(self._limits.interval, self._look)
+
+    async def wait_ready(self) -> wire.Ready:
+        """The engine's facts, as soon as an engine has once been ready; a later restart does not change them.
+
+        Raises PenstockError (ENGINE_HALTED, SHUTTING_DOWN).
+        """
+        while True:
+            self._refuse()
+            if self.ready is not None:
+                return self.ready
+            await self._changed.wait()
+
+    def open(self, job: Job) -> Ticket:
+        """Takes a job; it waits while no engine is ready. Raises PenstockError as `wait_ready` does."""
+        self._refuse()
+        seed = job.seed if job.seed is not None else job.sampling.seed or secrets.randbits(_SEED_BITS)
+        ticket = Ticket(job, self._journal.new_ids(job.n), self._end)
+        for choice, id in enumerate(ticket.ids):
+            sampling = msgspec.structs.replace(job.sampling, seed=seed, choice=choice)
+            entry = Entry(id, choice, job, sampling, ticket)
+            self._journal.add(entry)
+            self._unsent.append(entry)
+        self._flush()
+        return ticket
+
+    async def stop(self, drain_seconds: float) -> None:
+        """Admits nothing more, gives open jobs `drain_seconds` to end, fails the rest, ends the engine."""
+        self._draining = True
+        self._notify()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(drain_seconds):
+                while any(entry.life.is_open for entry in self._journal) and not self._stopped:
+                    await self._changed.wait()
+        self._fail_open(Kind.SHUTTING_DOWN, "The server is shutting down.")
+        if self._life.state is not m.State.STOPPING:
+            self._act(self._life.stop(monotonic()))
+        while not self._stopped:
+            await self._changed.wait()
+        if self._watch_timer is not None:
+            self._watch_timer.cancel()
+
+    def snapshot(self) -> dict[str, Any]:
+        """How things are, for /health: plain values, taken without asking the engine."""
+        entries = list(self._journal)
+        snapshot: dict[str, Any] = {
+            "state": self.state,
+            "reason": self.reason,
+            "stage": self.stage,
+            "engine_deaths": self._life.deaths,
+            "open": sum(entry.life.is_open for entry in entries),
+            "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
+            "journal_bytes": self._journal.bytes,
+            "engine": None,
+        }
+        if self._engine is not None:
+            view = self._engine.process.page.read()
+            snapshot["engine"] = {
+                "pid": self._engine.process.pid,
+                "epoch": self._engine.epoch,
+                "phase": view.phase.name.lower(),
+                "steps": view.steps,
+                "rows": len(view.rows),
+            }
+        return snapshot
+
+    # Acting out the machine's decisions.
+
+    def _act(self, actions: list[m.Action]) -> None:
+        for action in actions:
+            match action:
+                case m.Spawn():
+                    self._spawn()
+                case m.Kill(stacks):
+                    if self._engine is not None:
+                        self._engine.process.kill(stacks, self._limits.kill_grace)
+                case m.WaitUntil(at):
+                    asyncio.get_running_loop().call_later(max(0.0, at - monotonic()) + 0.001, self._tick)
+                case m.SubmitOpen():
+                    waiting = [e for e in self._journal if e.life.is_open and e.epoch is None]
+                    self._unsent = deque(in_order_of_resubmission(waiting))
+                    self._flush()
+                case m.FailOpen(kind, message):
+                    self._fail_open(kind, message)
+                case m.AskExit():
+                    if self._engine is not None:
+                        self._engine.channel.send(wire.Shutdown())
+                case m.Stopped():
+                    self._stopped = True
+        self._notify()
+
+    def _spawn(self) -> None:
+        assert self._options is not None
+        self._epoch += 1
+        self.stage = ""
+        try:
+            engine = self._engine = _Engine(self, self._epoch, self._limits)
+        except OSError as error:
+            _log.error("the engine could not be started: %s", error)
+            self._act(self._life.died(monotonic(), f"it could not be started: {error}"))
+            return
+        engine.channel.send(wire.Start(self._options))
+        task = asyncio.get_running_loop().create_task(engine.channel.connect(engine.process.socket))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    def _tick(self) -> None:
+        self._act(self._life.tick(monotonic()))
+
+    def _notify(self) -> None:
+        self._changed.set()
+        self._changed = asyncio.Event()
+
+    def _refuse(self) -> None:
+        if self._draining or self._life.state is m.State.STOPPING:
+            raise PenstockError(Kind.SHUTTING_DOWN, "The server is shutting down.")
+        if self._life.state is m.State.HALTED:
+            raise PenstockError(Kind.ENGINE_HALTED, f"The model cannot be served: {self._life.reason}")
+
+    # From the API.
+
+    def _end(self, id: int, keep: int | None) -> None:
+        """`keep` None: everything computed so far counts."""
+        entry = self._journal.get(id)
+        if entry is None:
+            return
+        keep = entry.length if keep is None else keep
+        engine_knows = entry.epoch is not None
+        if not entry.life.end(engine_knows):
+            return
+        if engine_knows and self._engine is not None:
+            self._engine.channel.send(wire.End(id, keep))
+        elif not engine_knows:
+            self._journal.drop(entry)
+        generated = max(0, min(keep, entry.length) - len(entry.job.prompt))
+        entry.ticket.put_finished(entry.choice, "cut", generated)
+        self._notify()
+
+    def _flush(self) -> None:
+        engine = self._engine
+        if engine is None or self._life.state is not m.State.READY:
+            return
+        while self._unsent and engine.channel.writable:
+            entry = self._unsent.popleft()
+            if entry.life.is_open and entry.epoch is None:
+                entry.epoch = engine.epoch
+                engine.channel.send(entry.submit())
+
+    def _finish(self, entry: Entry, reason: str) -> None:
+        self._journal.drop(entry)
+        if entry.life.ended():
+            entry.ticket.put_finished(entry.choice, reason, len(entry.delivered))
+            self._notify()
+
+    def _fail(self, entry: Entry, error: PenstockError) -> None:
+        self._journal.drop(entry)
+        if entry.life.ended():
+            entry.ticket.put_failure(entry.choice, error)
+            self._notify()
+
+    def _fail_open(self, kind: Kind, message: str) -> None:
+        for entry in self._journal:
+            self._fail(entry, PenstockError(kind, message))
+
+    # From the engine.
+
+    def _message(self, engine: _Engine, message: wire.ToFront) -> None:
+        if engine is not self._engine:
+            return
+        match message:
+            case wire.Step():
+                self._step(message)
+            case wire.Loading(stage):
+                self.stage = stage
+            case wire.Ready():
+                self.ready = message
+                self._finish_delivered()
+                self._act(self._life.ready())
+            case wire.Halt(reason):
+                _log.error("the engine halts: %s", reason)
+                self._act(self._life.halt(reason))
+
+    def _step(self, step: wire.Step) -> None:
+        get = self._journal.get
+        for prefill in step.prefill:
+            entry = get(prefill.id)
+            if entry is not None and entry.life.is_open:
+                entry.prefilled = prefill.done
+                entry.ticket.put_progress(entry.choice, prefill.done, prefill.total)
+        for row in step.rows:
+            entry = get(row.id)
+            if entry is not None and entry.life.is_open:
+                entry.delivered.extend(row.tokens)
+                entry.ticket.put_tokens(entry.choice, row.tokens, row.logprobs, row.top)
+        for ended in step.ended:
+            entry = get(ended.id)
+            if entry is None:
+                continue
+            if ended.reason == "error":
+                kind = Kind.__members__.get(ended.kind or "", Kind.INTERNAL)
+                self._fail(entry, PenstockError(kind, ended.message or "The engine failed."))
+            else:
+                self._finish(entry, ended.reason)
+        if step.rows or step.ended:
+            self._life.progressed()
+
+    def _finish_delivered(self) -> None:
+        assert self.ready is not None
+        for entry in self._journal:
+            reason = entry.over(self.ready.eos_ids) if entry.life.is_open else None
+            if reason is not None:
+                self._finish(entry, reason)
+
+    # The engine's end: it is dead when it has been reaped and all it had sent was read.
+
+    def _exited(self, engine: _Engine, code: int) -> None:
+        engine.code = code
+        if engine.closed:
+            self._dead(engine)
+        else:
+            # Whoever else might hold its end of the socket must not keep a dead engine's channel open.
+            asyncio.get_running_loop().call_later(1.0, self._closed, engine, None)
+
+    def _closed(self, engine: _Engine, error: str | None) -> None:
+        if engine.closed:
+            return
+        engine.closed = True
+        engine.verdict = engine.verdict or error
+        engine.channel.close()
+        if engine.code is not None:
+            self._dead(engine)
+        else:
+            asyncio.get_running_loop().call_later(2.0, engine.process.kill, False, 0.0)
+
+    def _dead(self, engine: _Engine) -> None:
+        assert engine.code is not None
+        self._engine = None
+        view = engine.process.page.read()
+        engine.process.page.close()
+        why = describe_exit(engine.code)
+        if engine.verdict:
+            why = f"{engine.verdict}, {why}"
+        expected = self._life.state in (m.State.STOPPING, m.State.HALTED)
+        if not expected:
+            _log.error("the engine died: %s", why)
+            for line in engine.process.last_words:
+                _log.error("engine: %s", line)
+        found = guilty([e for e in self._journal if e.life.is_open], dict(view.rows))
+        for entry in found:
+            self._fail(
+                entry,
+                PenstockError(Kind.ENGINE_DIED, "The engine died twice while computing this request."),
+            )
+        for entry in self._journal:
+            if entry.life.engine_died():
+                entry.epoch = None
+                entry.prefilled = 0
+                entry.ticket.stats.restarts += 1
+            else:
+                self._journal.drop(entry)
+        self._act(self._life.died(monotonic(), why))
+
+    def _look(self) -> None:
+        """The watch's period: is the engine hung?"""
+        loop = asyncio.get_running_loop()
+        self._watch_timer = loop.call_later(self._limits.interval, self._look)
+        engine = self._engine
+        if engine is None or engine.verdict is not None:
+            return
+        busy = len(self._journal) > 0 or self._life.state is not m.State.READY
+        still = engine.watch.hung(monotonic(), engine.process.page.read(), busy)
+        if still is not None:
+            engine.verdict = f"it made no progress for {still:.0f} s"
+            _log.error("the engine hangs: %s; it is being replaced", engine.verdict)
+            self._act(self._life.hung())
