@@ -1,0 +1,94 @@
+"""`penstock serve`: everything that can be refused before a port is open, each in one sentence.
+
+Refuses: serving; that is `penstock.front`. Invariant: when `front.run` is called, the options agree with
+each other, the port was free, and what is on this machine of the model has been looked at.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ipaddress
+import os
+import sys
+
+from penstock import config, log, models, platform
+from penstock.cli import arguments
+from penstock.sizes import gigabytes
+
+MENDED_BY_USER, MENDED_BY_RESTART = 2, 1
+
+
+class Refusal(Exception):
+    """The command ends here: a sentence for stderr and an exit code."""
+
+    def __init__(self, sentence: str, exit_code: int = MENDED_BY_USER) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Serve until told to stop. Returns the exit code."""
+    try:
+        resolved = arguments.resolved(asked, os.environ)
+        if asked.print_config:
+            sys.stdout.write(arguments.as_toml(resolved))
+            return 0
+        examine(resolved.options)
+    except (Refusal, config.ConfigError) as refused:
+        print(f"penstock: {refused}", file=sys.stderr)
+        return refused.exit_code if isinstance(refused, Refusal) else MENDED_BY_USER
+    options = resolved.options
+    log.setup(options.log_level)
+    for sentence in config.without_effect(options):
+        log.logger.warning(sentence)
+    for name in config.unknown_variables(os.environ):
+        log.logger.warning(f"{name} is set, but there is no such option.")
+    from penstock import front
+
+    return front.run(options)
+
+
+def examine(options: config.Options) -> None:
+    """Raise Refusal for the first thing that keeps these options from being served."""
+    if sentence := config.refusal(options):
+        raise Refusal(sentence)
+    if not options.demo and options.model is None:
+        raise Refusal(choices(models.found_in_cache()))
+    if options.demo and options.model is not None:
+        raise Refusal("--demo and a model exclude each other: take one of them away.")
+    if options.api_key is None and not is_loopback(options.host):
+        raise Refusal(f"--host {options.host} can be reached from other machines: set --api-key too.")
+    if options.api_key == "":
+        raise Refusal("--api-key is empty: give a key, or leave it away.")
+    if sentence := platform.backend_problem():
+        raise Refusal(sentence)
+    try:
+        if options.model is None:
+            models.check(models.DEMO)
+        else:
+            models.precheck(options.model, trust_remote_code=options.trust_remote_code)
+        platform.listen(options.host, options.port).close()
+    except (models.ModelProblem, platform.PortProblem) as problem:
+        raise Refusal(problem.sentence, problem.exit_code) from None
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach a server that listens on `host`."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def choices(cached: list[models.Cached]) -> str:
+    """What could be served here, each as a command to paste."""
+    lines = ["no model is named."]
+    if cached:
+        lines.append("In the hub cache:")
+        lines += [f"  penstock serve {model.name}    # {gigabytes(model.bytes)}" for model in cached]
+    else:
+        lines.append("The hub cache holds none; a hub name or a directory works: penstock serve MODEL")
+    lines += ["The bundled demo model:", "  penstock serve --demo"]
+    return "\n".join(lines)

@@ -1,0 +1,248 @@
+"""From what the user called the model to a directory that can be served, or one sentence saying why not.
+
+Owns: what counts as a servable directory, the hub cache's layout, downloads. Refuses: importing MLX, and
+any request at the network for a model whose files are all here. A problem is found as early as it can be:
+`precheck` looks at what is on the disk, `resolve` may download.
+"""
+
+from __future__ import annotations
+
+import ast
+import errno
+import functools
+import importlib.util
+import json
+import os
+import re
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+DEMO = Path(__file__).parent / "demo" / "model"
+WEIGHTS = "model*.safetensors"
+PATTERNS = ("*.json", WEIGHTS, "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.tiktoken")
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
+
+
+class ModelProblem(Exception):
+    """The model cannot be served. `exit_code` is 2 where only the user can mend it, 1 where a restart may."""
+
+    def __init__(self, sentence: str, exit_code: int = 2) -> None:
+        super().__init__(sentence)
+        self.sentence = sentence
+        self.exit_code = exit_code
+
+
+@dataclass(frozen=True)
+class Cached:
+    """A model in the hub cache that could be served as it is."""
+
+    name: str
+    path: Path
+    bytes: int
+
+
+def check(path: Path, *, trust_remote_code: bool = False) -> None:
+    """Raise ModelProblem unless `path` holds a configuration we know, all its weights and a tokenizer."""
+    if not path.exists():
+        raise ModelProblem(f"{path} does not exist.")
+    if not path.is_dir():
+        raise ModelProblem(f"{path} is not a directory.")
+    config = _json(path / "config.json")
+    if not isinstance(config.get("model_type"), str):
+        raise ModelProblem(f"{path}: config.json names no model_type.")
+    if "model_file" in config:
+        if not trust_remote_code:
+            raise ModelProblem(
+                f"{path} brings Python code of its own: read it, then add --trust-remote-code."
+            )
+    elif not _implemented(config):
+        raise ModelProblem(f"{path}: this mlx-lm has no model of type {config['model_type']!r}.")
+    _check_weights(path)
+    if not (path / "tokenizer.json").is_file():
+        raise ModelProblem(f"{path} has no tokenizer.json.")
+
+
+def precheck(model: str, *, trust_remote_code: bool = False) -> Path | None:
+    """The model's directory if it is on this machine, else None: then it is for `resolve` to download.
+
+    Raises ModelProblem for everything that is known to fail without asking the network.
+    """
+    if _is_path(model):
+        path = Path(model).expanduser()
+        check(path, trust_remote_code=trust_remote_code)
+        return path
+    if not _REPOSITORY.fullmatch(model):
+        raise ModelProblem(f"{model!r} is neither a directory nor the name of a hub repository.")
+    path_or_none = snapshot(model)
+    if path_or_none is None:
+        if _offline():
+            raise ModelProblem(f"{model} is not in the hub cache, and HF_HUB_OFFLINE forbids a download.")
+        return None
+    try:
+        check(path_or_none, trust_remote_code=trust_remote_code)
+    except ModelProblem:
+        if _offline() or _complete(path_or_none):
+            raise
+        return None
+    return path_or_none
+
+
+def resolve(model: str, *, trust_remote_code: bool = False) -> Path:
+    """The model's directory, downloaded if need be, with a progress bar on a terminal.
+
+    Raises ModelProblem.
+    """
+    here = precheck(model, trust_remote_code=trust_remote_code)
+    if here is not None:
+        return here
+    path = _download(model, (*PATTERNS, "*.py") if trust_remote_code else PATTERNS)
+    check(path, trust_remote_code=trust_remote_code)
+    return path
+
+
+def found_in_cache(environment: Mapping[str, str] | None = None) -> list[Cached]:
+    """The hub cache's models that `check` accepts, by name."""
+    found = []
+    for folder in sorted(hub_cache(environment).glob("models--*")):
+        name = folder.name.removeprefix("models--").replace("--", "/")
+        path = snapshot(name, environment)
+        if path is None:
+            continue
+        try:
+            check(path)
+        except ModelProblem:
+            continue
+        found.append(Cached(name, path, sum(file.stat().st_size for file in path.glob(WEIGHTS))))
+    return found
+
+
+def hub_cache(environment: Mapping[str, str] | None = None) -> Path:
+    """Where huggingface_hub keeps repositories, by its rules, without importing it."""
+    env = os.environ if environment is None else environment
+    if named := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
+        return Path(named).expanduser()
+    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+
+
+def snapshot(name: str, environment: Mapping[str, str] | None = None) -> Path | None:
+    """The directory of a repository's main revision in the hub cache, or None."""
+    folder = hub_cache(environment) / ("models--" + name.replace("/", "--"))
+    try:
+        revision = (folder / "refs" / "main").read_text().strip()
+    except OSError:
+        return None
+    path = folder / "snapshots" / revision
+    return path if path.is_dir() else None
+
+
+def _is_path(model: str) -> bool:
+    return model.startswith(("/", "./", "../", "~")) or model in (".", "..") or Path(model).exists()
+
+
+def _offline() -> bool:
+    return os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelProblem(f"{path.parent} is no model: it has no {path.name}.") from None
+    except (OSError, ValueError) as error:
+        raise ModelProblem(f"{path} cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise ModelProblem(f"{path} is not a JSON object.")
+    return value
+
+
+def _check_weights(path: Path) -> None:
+    if not any(path.glob(WEIGHTS)):
+        other = next(
+            (file.name for kind in ("*.gguf", "*.bin", "*.safetensors") for file in path.glob(kind)), None
+        )
+        hint = f" ({other} is of a kind that MLX does not load)" if other else ""
+        raise ModelProblem(f"{path} has no weights: no file is named {WEIGHTS}{hint}.")
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        needed = set(_json(index).get("weight_map", {}).values())
+        missing = sorted(name for name in needed if not (path / name).is_file())
+        if missing:
+            raise ModelProblem(
+                f"{path} lacks {len(missing)} of {len(needed)} weight files, {missing[0]} among them."
+            )
+
+
+def _complete(path: Path) -> bool:
+    """Whether a download of this snapshot once ended: then a fault in it is not for want of files."""
+    try:
+        _json(path / "config.json")
+        _check_weights(path)
+    except ModelProblem:
+        return False
+    return (path / "tokenizer.json").is_file()
+
+
+def _implemented(config: Mapping[str, Any]) -> bool:
+    """Whether mlx-lm has a model class for this configuration, by its own tables, read but not run."""
+    root = _mlx_lm()
+    if root is None:
+        raise ModelProblem("mlx-lm is not installed: run `make venv`, or install penstock again.")
+    types, architectures = _remappings(root)
+    model_type = config["model_type"]
+    named = config.get("architectures") or ()
+    for architecture in (named,) if isinstance(named, str) else named:
+        if (model_type, architecture) in architectures:
+            model_type = architectures[model_type, architecture]
+            break
+    else:
+        model_type = types.get(model_type, model_type)
+    source = root / "models" / f"{model_type}.py"
+    return (
+        "/" not in model_type and source.is_file() and "\nclass Model(" in source.read_text(encoding="utf-8")
+    )
+
+
+def _mlx_lm() -> Path | None:
+    spec = importlib.util.find_spec("mlx_lm")  # finds a top-level package without running it
+    return Path(spec.origin).parent if spec is not None and spec.origin else None
+
+
+@functools.cache
+def _remappings(root: Path) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
+    tables: dict[str, Any] = {}
+    for node in ast.parse((root / "utils.py").read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            name = node.targets[0].id
+            if name in ("MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"):
+                tables[name] = ast.literal_eval(node.value)
+    return tables.get("MODEL_REMAPPING", {}), tables.get("MODEL_ARCHITECTURE_REMAPPING", {})
+
+
+def _download(name: str, patterns: tuple[str, ...]) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    try:
+        return Path(snapshot_download(name, allow_patterns=list(patterns)))
+    except GatedRepoError:
+        raise ModelProblem(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN.") from None
+    except RepositoryNotFoundError:
+        raise ModelProblem(
+            f"The hub has no model named {name} (or it is private: then set HF_TOKEN), "
+            "and there is no such directory here."
+        ) from None
+    except Exception as error:  # several HTTP libraries lie below, each with errors of its own
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+            raise ModelProblem(f"The disk of {hub_cache()} is full: {name} does not fit.") from None
+        response = error.response if isinstance(error, HfHubHTTPError) else None
+        cause = "no connection" if response is None else f"HTTP {response.status_code}"
+        raise ModelProblem(
+            f"There is no directory {name} here, and the hub cannot give it now: {cause}.", exit_code=1
+        ) from error
