@@ -300,17 +300,22 @@ def resolve(
             raise ConfigError(f"{file_name}: {key!r} is not an option{hint}")
     values: dict[str, Any] = {}
     sources: dict[str, str] = {}
+    ranks: dict[str, int] = {}
     for option in listed():
         name = option.name
         if (text := flags.get(name)) is not None:
-            source = flag_of(option)
+            rank, source = 0, flag_of(option)
         elif (text := environment.get(variable_of(option))) is not None:
-            source = variable_of(option)
+            rank, source = 1, variable_of(option)
         elif name in keys:
-            text, source = _as_text(file[keys[name]]), f"{keys[name]!r} in {file_name}"
+            text, rank, source = _as_text(file[keys[name]]), 2, f"{keys[name]!r} in {file_name}"
         else:
             continue
-        values[name], sources[name] = _parsed(option, text, source), source
+        values[name], sources[name], ranks[name] = _parsed(option, text, source), source, rank
+    if values.get("demo") and "model" in values and ranks["demo"] != ranks["model"]:
+        # They exclude each other, so the one set in the place that goes first stands.
+        overridden = max("demo", "model", key=ranks.__getitem__)
+        del values[overridden], sources[overridden]
     return Resolved(Options(**values), sources)
 
 

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import Field
 from itertools import groupby
@@ -84,6 +82,8 @@ def _config_file(flag: str | None, environment: Mapping[str, str]) -> Path | Non
 
 
 def _read(path: Path) -> dict[str, Any]:
+    import tomllib  # not needed for --help, which is to be quick
+
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -171,7 +171,3 @@ def _default(option: Field[Any]) -> str:
         if isinstance(value, float)
         else str(value)
     )
-
-
-if __name__ == "__main__":
-    os.write(1, reference().encode())

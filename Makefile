@@ -1,0 +1,52 @@
+# make serve: the demo model on 127.0.0.1:8080. make test: the tests. Both make .venv first if need be.
+VENV ?= .venv
+PYTHON ?= python3
+PY := $(VENV)/bin/python
+ARGS ?=
+
+# MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
+PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
+
+.PHONY: serve test test-clients test-metal venv install lint format bench demo-model docs lock
+
+serve: venv
+	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
+
+test: venv
+	@$(PRELOAD) $(PY) -m pytest $(ARGS)
+
+test-clients: venv
+	@$(PRELOAD) $(PY) -m pytest -m clients $(ARGS)
+
+test-metal:
+	@if [ "$$(uname -s)" = Darwin ]; then $(MAKE) venv && $(PY) -m pytest -m metal $(ARGS); \
+	else echo "make test-metal runs on a Mac: these tests need Apple's GPU."; fi
+
+venv: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml requirements.lock requirements-cpu.lock requirements-cuda13.lock .ci/venv
+	@PYTHON=$(PYTHON) .ci/venv $(VENV)
+
+install:
+	@.ci/install
+
+lint: venv
+	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
+	$(PY) -m mypy
+
+format: venv
+	$(PY) -m ruff check --fix .
+	$(PY) -m ruff format .
+
+bench: venv
+	@$(PRELOAD) $(PY) -m bench $(ARGS)
+
+demo-model: venv
+	@$(PRELOAD) $(PY) -m tools.demo_model $(ARGS)
+
+docs: venv
+	$(PY) -c 'from penstock.cli.arguments import reference; print(reference(), end="")' > docs/options.md
+
+lock:
+	.ci/lock
