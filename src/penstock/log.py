@@ -1,0 +1,304 @@
+"""What the server says on stderr: few lines, each for a person, each from here.
+
+Owns the stream: lines, the progress line that a terminal redraws in place, the sums of repeated events.
+Refuses: text of prompts or answers, and output of libraries. Invariant: at most one line a second of any
+kind of repeated event, and a redrawn line never mixes with another.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TextIO
+
+from penstock.sizes import gigabytes
+
+_ADVICE_OFF = {
+    "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
+    "TRANSFORMERS_VERBOSITY": "error",
+    "HF_HUB_VERBOSITY": "error",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "true",
+}
+_OUR_BUGS = ("asyncio", "uvicorn.error")
+"""Loggers of libraries that report exceptions of our own code: their errors are shown, nothing else."""
+
+PROGRESS_EVERY = 5.0
+"""Seconds after which a prefill is worth a line, and between such lines."""
+
+logger = logging.getLogger("penstock")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RequestRecord:
+    """What a finished request's line tells. Times in seconds, counts in tokens, over all its choices."""
+
+    id: str
+    prompt: int
+    cached: int = 0
+    queue: float = 0.0
+    prefill: float = 0.0
+    generated: int = 0
+    decode: float = 0.0
+    finish: str = "stop"
+
+    def line(self) -> str:
+        """'req 3f2: prompt 1,234 = 0 cached + 1,234 new, queue 0.0 s, prefill 1.2 s, 87 tokens …, stop'."""
+        timed = self.generated > 1 and self.decode > 0
+        rate = f" at {self.generated / self.decode:.1f} tok/s" if timed else ""
+        return (
+            f"req {self.id}: prompt {self.prompt:,} = {self.cached:,} cached + "
+            f"{self.prompt - self.cached:,} new, queue {self.queue:.1f} s, prefill {self.prefill:.1f} s, "
+            f"{self.generated:,} tokens{rate}, {self.finish}"
+        )
+
+
+class Repeats:
+    """Sums events of a kind: the first is said at once, those of the next second together after it. Pure."""
+
+    def __init__(self, every: float = 1.0) -> None:
+        self._every = every
+        self._said: dict[str, float] = {}
+        self._pending: dict[str, tuple[int, str]] = {}
+
+    def note(self, kind: str, message: str, now: float) -> str | None:
+        """An event at `now` (seconds, monotonic); the line to say for it, or None if it waits."""
+        count, _ = self._pending.get(kind, (0, ""))
+        self._pending[kind] = (count + 1, message)
+        return self._say(kind, now) if now - self._said.get(kind, float("-inf")) >= self._every else None
+
+    def due(self, now: float) -> list[str]:
+        """The lines for events that have waited long enough."""
+        ripe = [kind for kind in self._pending if now - self._said[kind] >= self._every]
+        return [self._say(kind, now) for kind in ripe]
+
+    def next_due(self) -> float | None:
+        """When `due` will have something to say; None: nothing waits."""
+        return min((self._said[kind] + self._every for kind in self._pending), default=None)
+
+    def _say(self, kind: str, now: float) -> str:
+        count, message = self._pending.pop(kind)
+        self._said[kind] = now
+        return message if count == 1 else f"{message} (and {count - 1:,} more like it)"
+
+
+class PrefillPace:
+    """Decides when a prefill's progress is worth a line, and estimates what is left. Pure."""
+
+    def __init__(self, every: float = PROGRESS_EVERY) -> None:
+        self._every = every
+        self._first: dict[str, tuple[float, int]] = {}
+        self._said: dict[str, float] = {}
+
+    def note(self, id: str, done: int, total: int, now: float) -> str | None:
+        """Progress at `now` (seconds, monotonic); the line for it, or None if it is too soon for one."""
+        if done >= total:
+            self.forget(id)
+            return None
+        began, done_then = self._first.setdefault(id, (now, done))
+        if now - self._said.get(id, began) < self._every:
+            return None
+        self._said[id] = now
+        line = f"req {id}: prefill {done:,}/{total:,}, {100 * done // total} %"
+        if done > done_then:
+            line += f", ~{(now - began) / (done - done_then) * (total - done):.0f} s left"
+        return line
+
+    def forget(self, id: str) -> None:
+        """The request's prefill has ended, one way or another."""
+        self._first.pop(id, None)
+        self._said.pop(id, None)
+
+
+class _Lines(logging.Handler):
+    """Writes lines, and one redrawn line below them where the stream is a terminal."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__()
+        self.stream = stream
+        self.redraws = stream.isatty()
+        self._drawn = False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        redrawn = bool(getattr(record, "redrawn", False)) and self.redraws
+        try:
+            text = self.format(record)
+            before = "\r\x1b[K" if self._drawn else ""
+            self.stream.write(before + text + ("" if redrawn else "\n"))
+            self._drawn = redrawn
+            self.stream.flush()
+        except (OSError, ValueError):
+            return  # stderr is gone: nobody is left to tell
+
+
+class _Form(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        text = record.getMessage()
+        if record.exc_info:
+            text += "\n" + self.formatException(record.exc_info)
+        if getattr(record, "bare", False):
+            return text
+        level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""
+        return f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
+
+
+_repeats = Repeats()
+_pace = PrefillPace()
+_lock = threading.Lock()
+_clock: Callable[[], float] = time.monotonic
+_timer: threading.Timer | None = None
+
+
+def setup(level: str = "INFO", stream: TextIO | None = None) -> None:
+    """Say `level` and above on `stream` (stderr), and silence every library. Call before importing them."""
+    for name, value in _ADVICE_OFF.items():
+        os.environ.setdefault(name, value)
+    warnings.simplefilter("ignore")
+    lines = _Lines(stream or sys.stderr)
+    lines.setFormatter(_Form())
+    logging.getLogger().handlers[:] = [logging.NullHandler()]
+    logger.handlers[:], logger.propagate = [lines], False
+    logger.setLevel(level)
+    for name in _OUR_BUGS:
+        library = logging.getLogger(name)
+        library.handlers[:], library.propagate = [lines], False
+        library.setLevel(logging.ERROR)
+
+
+def start_line(text: str) -> None:
+    """A line of the start, which has at most ten."""
+    logger.info(text)
+
+
+def request_done(record: RequestRecord) -> None:
+    """The one line of a request that was answered to its end."""
+    request_over(record.id)
+    logger.info(record.line())
+
+
+def request_cancelled(id: str, generated: int) -> None:
+    """The one quiet line of a request whose client went away."""
+    request_over(id)
+    logger.info(f"req {id}: client gone after {generated:,} tokens")
+
+
+def request_failed(id: str, label: str, message: str) -> None:
+    """The one line of a request that ended in an error; `label` is the error kind's."""
+    request_over(id)
+    logger.warning(f"req {id}: {label}: {message}")
+
+
+def request_over(id: str) -> None:
+    """Nothing more will be said of the request's prefill."""
+    _pace.forget(id)
+
+
+def progress(id: str, done: int, total: int) -> None:
+    """A prefill stands at `done` of `total` tokens. Call as often as it is known: lines come every 5 s."""
+    line = _pace.note(id, done, total, _clock())
+    if line is not None:
+        logger.info(line, extra={"redrawn": True})
+
+
+def probe(method: str, path: str, status: int) -> None:
+    """A request of /health, /v1/models or the like, answered."""
+    logger.debug(f"{method} {path}: {status}")
+
+
+def repeated(kind: str, message: str) -> None:
+    """A warning that may come in numbers: at most one line a second per `kind`, with the number."""
+    with _lock:
+        line = _repeats.note(kind, message, _clock())
+        _arm()
+    if line is not None:
+        logger.warning(line)
+
+
+def flush_repeated() -> None:
+    """Say what waits to be summed, if its time has come."""
+    global _timer  # noqa: PLW0603
+    with _lock:
+        _timer = None
+        lines = _repeats.due(_clock())
+        _arm()
+    for line in lines:
+        logger.warning(line)
+
+
+def _arm() -> None:
+    global _timer  # noqa: PLW0603
+    due = _repeats.next_due()
+    if _timer is None and due is not None:
+        _timer = threading.Timer(max(0.01, due - _clock()), flush_repeated)
+        _timer.daemon = True
+        _timer.start()
+
+
+def bug(what: str) -> None:
+    """Report the exception being handled, which only a fault of ours explains: with its traceback."""
+    logger.error(f"a fault in penstock: {what}", exc_info=True)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Banner:
+    """What the server says of itself once it can answer. Sizes in bytes, `seconds` since the command."""
+
+    model: str
+    backend: str
+    batch_mode: str
+    context_length: int
+    weights_bytes: int
+    kv_bytes_per_token: int
+    state_bytes: int
+    host: str
+    port: int
+    seconds: float
+    demo: bool = False
+    keyed: bool = False
+
+    def lines(self) -> list[str]:
+        """At most six lines; the last two can be pasted into a shell as they are."""
+        url = base_url(self.host, self.port)
+        state = f" + {self.state_bytes / 1e6:,.1f} MB a sequence" if self.state_bytes else ""
+        said = [
+            f"ready in {self.seconds:.1f} s: {self.model} on {self.backend}, {self.batch_mode} batches, "
+            f"context {self.context_length:,} tokens, weights {gigabytes(self.weights_bytes)}, "
+            f"KV {self.kv_bytes_per_token / 1e3:,.1f} KB a token{state}",
+        ]
+        if self.demo:
+            said.append("demo model: 4M parameters, for trying the server, not for answers")
+        said.append(f"serving {url}/v1")
+        return [*said, *pasteable(url, keyed=self.keyed)]
+
+
+def ready(banner: Banner) -> None:
+    """The end of the start."""
+    for text in banner.lines():
+        logger.info(text, extra={"bare": text.startswith(("curl", "python"))})
+
+
+def base_url(host: str, port: int) -> str:
+    """The URL under which a client on this machine reaches a server that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        host = "127.0.0.1" if host != "::" else "::1"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def pasteable(url: str, *, keyed: bool) -> list[str]:
+    """A curl line and a Python line that talk to the server at `url`, with nothing but what a shell has."""
+    key = ' -H "Authorization: Bearer $PENSTOCK_API_KEY"' if keyed else ""
+    header = ", 'Authorization': 'Bearer ' + os.environ['PENSTOCK_API_KEY']" if keyed else ""
+    body = '{"messages": [{"role": "user", "content": "Hello"}]}'
+    return [
+        f"curl {url}/v1/chat/completions -H 'Content-Type: application/json'{key} -d '{body}'",
+        f'python3 -c "import json, os, urllib.request as u; '
+        f"r = u.Request('{url}/v1/chat/completions', json.dumps({body.replace(chr(34), chr(39))}).encode(), "
+        f"{{'Content-Type': 'application/json'{header}}}); "
+        "print(json.load(u.urlopen(r))['choices'][0]['message']['content'])\"",
+    ]
