@@ -38,7 +38,7 @@ SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
 
 
-class Closed(Exception):
+class ShutdownAsked(Exception):  # noqa: N818
     """The front asked the engine to stop."""
 
 
@@ -86,7 +86,7 @@ class Loop:
         try:
             while True:
                 self.turn()
-        except (Closed, FrontGone):
+        except (ShutdownAsked, FrontGone):
             return
 
     def turn(self) -> None:
@@ -127,7 +127,7 @@ class Loop:
                 if sequence is not None:
                     self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Shutdown():
-                raise Closed
+                raise ShutdownAsked
             case _:
                 log.error("unexpected message %s", type(message).__name__)
 
@@ -187,7 +187,7 @@ class Loop:
         return draws
 
     def _inputs(self, rows: tuple[Sequence, ...]) -> mx.array:
-        """Each row's next input id, shape (B,): from the step in flight where the host does not know it yet."""
+        """Each row's next input id, (B,): from the step in flight where the host does not know it yet."""
         before = self.in_flight
         if before is None or before.draws is None or not any(s.input_on_device for s in rows):
             return mx.array([s.tokens[s.launched] for s in rows], dtype=mx.int32)
