@@ -155,7 +155,7 @@ class DarwinProbe:
     """sysctl and proc_pid_rusage, both unprivileged; the calls are injected, so that tests can be a Mac."""
 
     FOOTPRINT_OFFSET = 72
-    """Of ri_phys_footprint in rusage_info_v4 (sys/resource.h): after a 16-byte uuid and seven 64-bit fields."""
+    """Of ri_phys_footprint in rusage_info_v4 (sys/resource.h): after a uuid and seven 64-bit fields."""
 
     def __init__(self, system: _Darwin | None = None) -> None:
         self.system = system or _Darwin()
