@@ -1,0 +1,246 @@
+"""From a choice's ids to what its client sees: content, reasoning, tool calls, and where a stop ends it.
+
+Owns the text of one answer on its way: detokenise → stop strings → split by marks. Pure: the same ids give
+the same deltas, in whatever parts they come, so an answer can be taken up again by feeding it once more.
+Refuses to lose anything: a call that can't be read, or that the answer's end cuts off, is shown as it stands.
+
+Stop strings apply to all that the model writes: content, reasoning, marks and calls alike, as in servers
+that know of none of these. The end-of-turn id is never text; other special tokens are text only where a
+mark, a stop string or an open call needs them. White space beside a mark belongs to the mark.
+What waits: half a character, a possible stop string's or mark's beginning, white space that a mark may
+follow, and an open call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.text.detokenizer import Detokenizer
+from penstock.text.formats import CONTENT, HEADER, REASONING, TOOL, ReasoningMarkers
+from penstock.text.scan import Patterns
+from penstock.text.tokenizer import Tokenizer
+from penstock.text.tools import ToolCall, ToolFormat, usable_schemas
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprob:
+    """An id as it was drawn, in nats; `top`: the likeliest as (id, token, bytes, logprob)."""
+
+    id: int
+    token: str
+    bytes: list[int]
+    logprob: float
+    top: list[tuple[int, str, list[int], float]]
+
+
+@dataclass(slots=True)
+class Delta:
+    """What became certain. Falsy if nothing did."""
+
+    content: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+
+    def __bool__(self) -> bool:
+        return bool(self.content or self.reasoning or self.tool_calls or self.logprobs)
+
+
+class Assembler:
+    """One choice's answer. `feed` while ids come, then `finish` once.
+
+    reasoning, tools: the marks to split by; None leaves them in the content.
+    tool_schemas: the request's tools, for parsers that need the types of arguments.
+    in_reasoning: the template has opened the reasoning block already.
+    continues: the answer follows the prompt's text directly (no chat), so a leading space is text.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        *,
+        stops: Sequence[str] = (),
+        reasoning: ReasoningMarkers | None = None,
+        tools: ToolFormat | None = None,
+        tool_schemas: list[Any] | None = None,
+        in_reasoning: bool = False,
+        continues: bool = False,
+    ) -> None:
+        self.stopped_at: int | None = None
+        """After a stop string: how many of the fed ids count, up to the one that completed it."""
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, continues=continues)
+        self._tools = tools
+        self._schemas = usable_schemas(tool_schemas) if tools else []
+        self._edges = _edges(reasoning, tools)
+        self._marks = {state: Patterns(targets) for state, targets in self._edges.items()}
+        self._stops = Patterns(stops)
+        self._control = "\0".join(
+            (*self._stops.strings, *(mark for targets in self._edges.values() for mark in targets))
+        )
+        self._first_state = reasoning.initial if reasoning else CONTENT
+        self._state = REASONING if in_reasoning and reasoning else self._first_state
+        self._fresh = self._state != CONTENT  # right behind a mark: white space is the mark's
+        self._fed = 0
+        self._stop_held = ""
+        self._mark_held = ""
+        self._space = ""
+        self._call: list[str] = []
+        self._call_opening = ""
+        self._call_origin = CONTENT
+        self._calls = 0
+        self._header = ""
+        self._said = False
+        self._delta = Delta()
+
+    def feed(
+        self,
+        ids: Sequence[int],
+        logprobs: Sequence[float] | None = None,
+        top: Sequence[Sequence[tuple[int, float]]] | None = None,
+    ) -> Delta:
+        """Takes new ids, with the log-probabilities of each if asked for; returns what became certain."""
+        delta = self._delta = Delta()
+        control = self._tokenizer.control_ids
+        for position, id in enumerate(ids):
+            if self.stopped_at is not None:
+                break
+            self._fed += 1
+            if id in control:
+                if id in self._tokenizer.eos_ids:
+                    continue
+                text = self._special(id)
+            else:
+                text = self._detokenizer.push(id)
+            if logprobs is not None:
+                delta.logprobs.append(self._logprob(id, logprobs[position], top[position] if top else ()))
+            if text:
+                self._past_stops(text)
+        return delta
+
+    def finish(self, reason: str) -> tuple[Delta, str]:
+        """The rest. `reason`: the engine's (stop, length, cut). Returns OpenAI's finish_reason too."""
+        self._delta = Delta()
+        if self.stopped_at is None:
+            self._past_stops(self._detokenizer.flush())
+            held, self._stop_held = self._stop_held, ""
+            self._split(held)
+        held, self._mark_held = self._mark_held, ""
+        if self._state == TOOL:
+            self._call.append(held)
+            self._end_call("", readable=reason == "stop" and self.stopped_at is None)
+        else:
+            self._say(held)
+        if self._state == HEADER and not self._said:
+            self._emit(CONTENT, self._header)
+        else:
+            self._emit(self._state, self._space)
+        if reason == "length" and self.stopped_at is None:
+            return self._delta, "length"
+        return self._delta, "tool_calls" if self._calls else "stop"
+
+    def _special(self, id: int) -> str:
+        name = self._tokenizer.token_bytes(id).decode()
+        if self._state == TOOL or name in self._control:
+            return self._detokenizer.literal(name)
+        return ""
+
+    def _past_stops(self, text: str) -> None:
+        if not self._stops.strings:
+            return self._split(text)
+        text = self._stop_held + text
+        cut, match = self._stops.scan(text)
+        if match is None:
+            self._stop_held = text[cut:]
+        else:
+            self._stop_held = ""
+            self.stopped_at = self._fed
+        return self._split(text[:cut])
+
+    def _split(self, text: str) -> None:
+        if not self._edges:
+            self._delta.content += text
+            return
+        text = self._mark_held + text
+        while True:
+            cut, mark = self._marks[self._state].scan(text)
+            if cut:
+                self._say(text[:cut])
+            if mark is None:
+                self._mark_held = text[cut:]
+                return
+            self._cross(mark)
+            text = text[cut + len(mark) :]
+
+    def _say(self, text: str) -> None:
+        """Text of the current state, white space at its end kept back."""
+        if self._state == TOOL:
+            self._call.append(text)
+            return
+        if self._state == HEADER:
+            self._header += text
+            return
+        if self._fresh:
+            text = text.lstrip()
+            if not text:
+                return
+            self._fresh = False
+        text = self._space + text
+        body = text.rstrip()
+        self._space = text[len(body) :]
+        self._emit(self._state, body)
+
+    def _emit(self, state: str, text: str) -> None:
+        if not text:
+            return
+        self._said = True
+        if state == REASONING:
+            self._delta.reasoning += text
+        else:
+            self._delta.content += text
+
+    def _cross(self, mark: str) -> None:
+        """Goes over `mark` into the next state."""
+        if self._state == TOOL:
+            self._end_call(mark, readable=True)
+            return
+        target = self._edges[self._state][mark]
+        if target == TOOL:
+            self._call_origin, self._call_opening = self._state, self._space + mark
+        self._state, self._space, self._header, self._fresh = target, "", "", True
+
+    def _end_call(self, mark: str, *, readable: bool) -> None:
+        """Closes the open call with its end `mark`: as calls if it is readable, else as the text it is."""
+        text = "".join(self._call)
+        self._call.clear()
+        calls = self._tools.parse(text, self._schemas, self._calls) if readable and self._tools else None
+        if calls:
+            self._calls += len(calls)
+            self._delta.tool_calls += calls
+            self._said = self._fresh = True
+            self._state = self._first_state
+            return
+        self._state, self._fresh = self._call_origin, False
+        self._emit(self._state, self._call_opening + text + mark)
+
+    def _logprob(self, id: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
+        likeliest = [(other, *self._spelt(other), value) for other, value in top]
+        return TokenLogprob(id, *self._spelt(id), logprob, likeliest)
+
+    def _spelt(self, id: int) -> tuple[str, list[int]]:
+        data = self._tokenizer.token_bytes(id)
+        return data.decode("utf-8", "replace"), list(data)
+
+
+def _edges(reasoning: ReasoningMarkers | None, tools: ToolFormat | None) -> dict[str, dict[str, str]]:
+    """state → mark → next state, every state that can be reached included; {} if there are no marks."""
+    edges = reasoning.transitions() if reasoning else {}
+    if tools:
+        edges.setdefault(CONTENT, {})
+        for state in (HEADER,) if HEADER in edges else (CONTENT, REASONING):
+            if state in edges:
+                edges[state][tools.start] = TOOL
+        edges[TOOL] = {tools.end: CONTENT} if tools.end else {}
+    return edges

@@ -1,0 +1,124 @@
+"""A client's messages, made fit for a model's template.
+
+Owns the normal form (text for content, mappings for arguments, no nulls) and the two ways to mend a
+conversation that a template refuses. Refuses parts that are not text. Invariant: a mend only joins or
+relabels turns where they stand, so a longer conversation still begins with the shorter one's turns.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from penstock.errors import Kind, PenstockError
+
+Message = dict[str, Any]
+
+_TEXT_PARTS = {"text": "text", "input_text": "text", "output_text": "text", "refusal": "refusal"}
+_REASONING_FIELDS = ("reasoning_content", "thinking", "reasoning")
+
+
+def normalise(messages: list[Message]) -> list[Message]:
+    """New messages in the form templates expect. Raises PenstockError(INVALID_FIELD | UNSUPPORTED_FIELD)."""
+    if not messages:
+        raise PenstockError(Kind.INVALID_FIELD, "messages must hold at least one message.", param="messages")
+    return [_normalised(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _normalised(message: Message, path: str) -> Message:
+    plain = {key: value for key, value in message.items() if value is not None}
+    if not isinstance(plain.get("role"), str):
+        raise PenstockError(Kind.INVALID_FIELD, "A message needs a role.", param=f"{path}.role")
+    if plain["role"] == "developer":
+        plain["role"] = "system"
+    plain["content"] = _text(plain.get("content", ""), f"{path}.content")
+    reasoning = next((plain[key] for key in _REASONING_FIELDS if key in plain), None)
+    if reasoning is not None:
+        plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+    if isinstance(plain.get("tool_calls"), list):
+        plain["tool_calls"] = [_call(call) for call in plain["tool_calls"]]
+    return plain
+
+
+def _text(content: Any, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    if not isinstance(content, list):
+        raise PenstockError(Kind.INVALID_FIELD, "Content must be a string or a list of parts.", param=path)
+    texts = []
+    for index, part in enumerate(content):
+        kind = part.get("type") if isinstance(part, dict) else None
+        text = part.get(_TEXT_PARTS[kind]) if kind in _TEXT_PARTS else None
+        if kind is not None and kind not in _TEXT_PARTS:
+            message = f"Content parts of type {kind!r} are not supported; this server reads text only."
+            raise PenstockError(Kind.UNSUPPORTED_FIELD, message, param=f"{path}[{index}].type")
+        if not isinstance(text, str):
+            raise PenstockError(Kind.INVALID_FIELD, "A content part needs text.", param=f"{path}[{index}]")
+        texts.append(text)
+    return "".join(texts)
+
+
+def _call(call: Any) -> Any:
+    """A tool call with its arguments as a mapping; what is no JSON object stays as it was sent."""
+    function = call.get("function") if isinstance(call, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+        return call
+    try:
+        arguments = json.loads(function["arguments"] or "{}")
+    except (ValueError, RecursionError):
+        return call
+    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+
+
+def has_late_system(messages: list[Message]) -> bool:
+    """Whether a system message stands anywhere but first."""
+    return any(message["role"] == "system" for message in messages[1:])
+
+
+def tag_late_systems(messages: list[Message]) -> list[Message]:
+    """Leading system messages joined into one; a later one, in place, as a user turn that says what it is."""
+    mended: list[Message] = []
+    for message in messages:
+        if message["role"] != "system":
+            mended.append(message)
+        elif all(earlier["role"] == "system" for earlier in mended):
+            mended = [_joined(mended[0], message)] if mended else [message]
+        else:
+            mended.append({"role": "user", "content": f"<system>\n{message['content']}\n</system>"})
+    return mended
+
+
+def join_turns(messages: list[Message]) -> list[Message]:
+    """As `tag_late_systems`, the system text before the first user's, and turns of one side joined.
+
+    For templates that know no system role or insist on user and assistant in turn.
+    """
+    mended: list[Message] = []
+    for message in tag_late_systems(messages):
+        turn = {**message, "role": "user"} if message["role"] == "system" else message
+        previous = mended[-1]["role"] if mended else None
+        if turn["role"] == "user" and previous in ("user", "tool"):
+            mended[-1] = _joined(mended[-1], turn)
+        else:
+            mended.append(turn)
+    return mended
+
+
+def _joined(first: Message, second: Message) -> Message:
+    return {**first, "content": "\n\n".join(part for part in (first["content"], second["content"]) if part)}
+
+
+DEFAULT_ROLES = {
+    "system": "ASSISTANT's RULE: ",
+    "user": "USER: ",
+    "assistant": "ASSISTANT: ",
+    "stop": "\n",
+}
+"""mlx_lm.server's words for models without a template."""
+
+
+def plain_dialogue(messages: list[Message], roles: dict[str, str] | None) -> str:
+    """The prompt for a model without a template, as mlx_lm.server writes it: prefix, content, `stop`."""
+    roles = roles or DEFAULT_ROLES
+    lines = [f"{roles.get(m['role'], '')}{m['content']}{roles.get('stop', '')}" for m in messages]
+    return ("".join(lines) + roles.get("assistant", "")).rstrip()
