@@ -1,0 +1,116 @@
+"""The ASGI application: every request passes the gate, finds its handler, and gets an answer in one shape.
+
+Plain ASGI around Starlette's router, so that a chunk of a stream passes through no middleware. The one place
+where exceptions become responses: a PenstockError by the table, anything else as INTERNAL with a traceback in
+the log and none for the client.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+from starlette.routing import Route, Router
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from penstock import log
+from penstock.api import chat, completions, models
+from penstock.api.exchange import ClientGone, Exchange
+from penstock.api.security import Gate
+from penstock.api.service import Service
+from penstock.api.sse import known
+from penstock.config import Options
+from penstock.errors import Kind, PenstockError
+
+Handler = Callable[[Service, Exchange], Awaitable[None]]
+QUIET = ("/health", "/", "/v1/models", "/models")
+"""Probes, logged at DEBUG only."""
+
+
+class _Endpoint:
+    """The handlers of one path, by method."""
+
+    def __init__(self, service: Service, **handlers: Handler) -> None:
+        self._service = service
+        self._handlers = handlers
+        if "GET" in handlers:
+            handlers["HEAD"] = handlers["GET"]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        exchange: Exchange = scope["penstock"]
+        exchange.scope = scope
+        handler = self._handlers.get(exchange.method)
+        if handler is None:
+            allowed = ", ".join((*self._handlers, "OPTIONS"))
+            exchange.extra.append((b"allow", allowed.encode()))
+            raise PenstockError(Kind.METHOD, f"{exchange.method[:20]} is not allowed here; use {allowed}.")
+        await handler(self._service, exchange)
+
+
+async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
+    raise PenstockError(Kind.NOT_FOUND, "There is nothing at this path; /openapi.json lists the paths.")
+
+
+def create_app(service: Service, options: Options) -> ASGIApp:
+    """The application. `service` may still lack its text parts; requests wait for them."""
+    keys = [options.api_key] if options.api_key else []
+    gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, keys)
+    post_chat = _Endpoint(service, POST=chat.create)
+    list_models = _Endpoint(service, GET=models.listed)
+    endpoints = {
+        "/v1/chat/completions": post_chat,
+        "/chat/completions": post_chat,
+        "/v1/completions": _Endpoint(service, POST=completions.create),
+        "/v1/models": list_models,
+        "/models": list_models,
+        "/v1/models/{id:path}": _Endpoint(service, GET=models.one),
+        "/health": _Endpoint(service, GET=models.health),
+        "/openapi.json": _Endpoint(service, GET=models.described),
+        "/": _Endpoint(service, GET=models.root),
+    }
+    routes = [Route(path, endpoint) for path, endpoint in endpoints.items()]
+    router = Router(routes, redirect_slashes=False, default=_not_found)
+
+    async def app(scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _lifespan(receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            await _serve(Exchange(scope, receive, send), gate, router)
+
+    return app
+
+
+async def _lifespan(receive: Receive, send: Send) -> None:
+    """Nothing to do: the front starts and stops the parts."""
+    while True:
+        message = await receive()
+        await send({"type": f"{message['type']}.complete"})
+        if message["type"] == "lifespan.shutdown":
+            return
+
+
+async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
+    try:
+        gate.admit(exchange)
+        if exchange.method == "OPTIONS":
+            await exchange.respond(204, b"", headers=gate.preflight_headers(exchange))
+            return
+        await router({**exchange.scope, "penstock": exchange}, exchange.receive, exchange.send)
+        if exchange.path in QUIET:
+            log.probe(exchange.method, exchange.path, exchange.status)
+    except ClientGone:
+        pass  # the handler's line in the log has said so
+    except Exception as error:
+        failure = known(error, exchange.id)
+        if exchange.started:
+            return  # headers are out: the connection's end is all that can be told
+        if failure.kind is not Kind.INTERNAL:
+            where = f" ({failure.param})" if failure.param else ""
+            log.repeated(failure.kind.label, f"refused a request: {failure.kind.label}{where}")
+        await exchange.respond_error(failure)
+    except asyncio.CancelledError:
+        if not exchange.started:
+            await exchange.respond_error(PenstockError(Kind.SHUTTING_DOWN, "The server is shutting down."))
+        raise

@@ -1,0 +1,166 @@
+"""Glue between tickets and assemblers: ids come in from the backend, pieces of choices go out.
+
+Owns a request's open tickets; closing a Generation closes them all, whatever happened. A choice ends once:
+by the engine's word (Finished) or by its text (a stop string), where the engine is told how many ids count.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.api.service import Backend
+from penstock.log import RequestRecord
+from penstock.supervisor.ticket import Event, Finished, Job, Progress, Ticket, Tokens
+from penstock.text.assembler import Assembler, Delta
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request that has passed every check: what to run, and how to answer."""
+
+    jobs: list[Job]
+    assembler: Callable[[], Assembler]
+    stream: bool
+    include_usage: bool
+    return_progress: bool
+    retained: int = 0
+    """Bytes of the request kept while it runs, besides ids (tool schemas)."""
+
+
+@dataclass(slots=True)
+class Choice:
+    assembler: Assembler
+    prompt: int
+    generated: int = 0
+    finish_reason: str | None = None
+
+
+@dataclass(slots=True)
+class Piece:
+    """What one event brought for a choice: deltas in order, then perhaps its end."""
+
+    index: int
+    deltas: list[Delta]
+    finish_reason: str | None = None
+
+
+@dataclass
+class Generation:
+    """The running choices of one request, in the order of their indices."""
+
+    backend: Backend
+    plan: Plan
+    choices: list[Choice] = field(default_factory=list)
+    tickets: list[Ticket] = field(default_factory=list)
+    began: float = field(default_factory=time.monotonic)
+    _pumps: list[asyncio.Task[None]] = field(default_factory=list)
+    _queue: asyncio.Queue[tuple[int, Event | Exception | None]] | None = None
+    _open: int = 0
+
+    def open(self) -> None:
+        """Hand the jobs to the backend. Raises its PenstockError, with nothing left open after `close`."""
+        for job in self.plan.jobs:
+            self.tickets.append(self.backend.open(job))
+            prompt = len(job.prompt)
+            self.choices += [Choice(self.plan.assembler(), prompt) for _ in range(job.n)]
+        self._open = len(self.choices)
+        if len(self.tickets) > 1:
+            self._queue = asyncio.Queue()
+            self._pumps = [asyncio.create_task(self._pump(at)) for at in range(len(self.tickets))]
+
+    async def next(self) -> Piece | Progress | None:
+        """The next thing to tell the client, or None when all choices have ended. Raises PenstockError."""
+        while self._open:
+            if self._queue is None:
+                ticket, offset = self.tickets[0], 0
+                event: Event | Exception | None = await ticket.next(None)
+            else:
+                at, event = await self._queue.get()
+                if isinstance(event, Exception):
+                    raise event
+                offset, ticket = at * self.plan.jobs[0].n, self.tickets[at]
+            if type(event) is Tokens:
+                piece = self._feed(offset, ticket, event)
+                if piece is not None:
+                    return piece
+            elif type(event) is Finished:
+                choice = self.choices[offset + event.choice]
+                if choice.finish_reason is None:
+                    return self._finish(offset + event.choice, choice, [], event.reason)
+            elif type(event) is Progress:
+                return event
+        return None
+
+    def _feed(self, offset: int, ticket: Ticket, event: Tokens) -> Piece | None:
+        index = offset + event.choice
+        choice = self.choices[index]
+        if choice.finish_reason is not None:
+            return None  # ids the engine drew before it heard of the end
+        delta = choice.assembler.feed(event.ids, event.logprobs, event.top)
+        stopped = choice.assembler.stopped_at
+        if stopped is not None:
+            choice.generated = stopped
+            ticket.end(event.choice, choice.prompt + stopped)
+            return self._finish(index, choice, [delta], "cut")
+        choice.generated += len(event.ids)
+        if delta.content or delta.reasoning or delta.tool_calls or delta.logprobs:
+            return Piece(index, [delta])
+        return None
+
+    def _finish(self, index: int, choice: Choice, deltas: list[Delta], reason: str) -> Piece:
+        rest, choice.finish_reason = choice.assembler.finish(reason)
+        self._open -= 1
+        return Piece(index, [*deltas, rest], choice.finish_reason)
+
+    async def _pump(self, at: int) -> None:
+        assert self._queue is not None
+        left = self.plan.jobs[at].n
+        try:
+            while left:
+                event = await self.tickets[at].next(None)
+                left -= type(event) is Finished
+                self._queue.put_nowait((at, event))
+        except Exception as error:
+            self._queue.put_nowait((at, error))
+
+    def close(self) -> None:
+        """End whatever is still open. Idempotent."""
+        for pump in self._pumps:
+            pump.cancel()
+        for ticket in self.tickets:
+            ticket.close()
+
+    def usage(self) -> dict[str, Any]:
+        """OpenAI's usage object; prompts count once, however many choices they have."""
+        prompt = sum(len(job.prompt) for job in self.plan.jobs)
+        generated = sum(choice.generated for choice in self.choices)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": generated,
+            "total_tokens": prompt + generated,
+            "prompt_tokens_details": {"cached_tokens": self.cached()},
+        }
+
+    def cached(self) -> int:
+        """Prompt ids that needed no prefill."""
+        return sum(ticket.stats.cached for ticket in self.tickets)
+
+    def record(self, name: str) -> RequestRecord:
+        """For the log. Times are the first ticket's."""
+        stats, now = self.tickets[0].stats, time.monotonic()
+        started = stats.first_prefill or now
+        first = stats.first_token or now
+        return RequestRecord(
+            id=name,
+            prompt=sum(len(job.prompt) for job in self.plan.jobs),
+            cached=self.cached(),
+            queue=started - stats.submitted,
+            prefill=first - started,
+            generated=sum(choice.generated for choice in self.choices),
+            decode=now - first,
+            finish="+".join(dict.fromkeys(choice.finish_reason or "open" for choice in self.choices)),
+        )

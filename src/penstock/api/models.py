@@ -1,0 +1,70 @@
+"""What can be asked without a model at work: the models served, health, the schema. From snapshots only."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from penstock import __version__
+from penstock.api import schema
+from penstock.api.exchange import Exchange
+from penstock.api.service import Service
+from penstock.errors import Kind, PenstockError
+
+_OPENAPI = msgspec.json.encode(schema.openapi(__version__))
+
+
+def _model(service: Service, name: str) -> dict[str, Any]:
+    model = {"id": name, "object": "model", "created": service.created, "owned_by": "penstock"}
+    ready = service.backend.ready
+    return model if ready is None else model | {"max_model_len": ready.context_length}
+
+
+async def listed(service: Service, exchange: Exchange) -> None:
+    """GET /v1/models."""
+    data = [_model(service, name) for name in service.served_names]
+    await exchange.respond_json(200, {"object": "list", "data": data})
+
+
+async def one(service: Service, exchange: Exchange) -> None:
+    """GET /v1/models/{id}; ids may contain slashes."""
+    name = exchange.scope["path_params"]["id"]
+    if name not in service.served_names:
+        raise PenstockError(
+            Kind.MODEL_NOT_FOUND, f"The model {name[:200]!r} is not served here.", param="model"
+        )
+    await exchange.respond_json(200, _model(service, name))
+
+
+async def health(service: Service, exchange: Exchange) -> None:
+    """GET /health: 200 when the engine takes work at once."""
+    backend = service.backend
+    ready = backend.ready
+    if backend.state != "ready" or ready is None or not service.has_text:
+        status = "loading" if backend.state == "ready" else backend.state
+        body = {**backend.snapshot(), "status": status, "reason": backend.reason}
+        await exchange.respond_json(503, body, headers=[(b"retry-after", b"1")])
+        return
+    facts = {
+        "status": "ok",
+        "model": service.model_name,
+        "batch_mode": ready.batch_mode,
+        "batch_reason": ready.batch_reason,
+        "max_model_len": ready.context_length,
+        "backend": ready.backend,
+        "device": ready.device,
+        "weights_bytes": ready.weights_bytes,
+        "front": {"held_bytes": service.admission.held, "open_requests": service.admission.open},
+    }
+    await exchange.respond_json(200, {**backend.snapshot(), **facts})
+
+
+async def described(service: Service, exchange: Exchange) -> None:
+    """GET /openapi.json."""
+    await exchange.respond(200, _OPENAPI)
+
+
+async def root(service: Service, exchange: Exchange) -> None:
+    """GET and HEAD /: what this is."""
+    await exchange.respond_json(200, {"server": "penstock", "model": service.model_name, "api": "/v1"})

@@ -1,0 +1,167 @@
+"""The request bodies of the OpenAI endpoints, as msgspec structs: the one description of what is accepted.
+
+Ranges and lengths stand here, so that the decoder checks them, names the field, and /openapi.json shows them.
+Unknown fields pass; null means absent. What depends on the model (ids, context) is checked in `params`.
+Fields that are declared only to be refused by name are typed `Any`; `params.refuse` says why.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import msgspec
+from msgspec import Meta, Struct
+
+MAX_CHOICES = 16
+MAX_STOPS = 16
+MAX_STOP_LENGTH = 4096
+MAX_TOP_LOGPROBS = 20
+
+Share = Annotated[float, Meta(ge=0, le=1)]
+Count = Annotated[int, Meta(ge=0)]
+Penalty = Annotated[float, Meta(ge=-100, le=100)]
+Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Sampled(Struct, kw_only=True):
+    """What chat and text completions share. Defaults (None) are resolved by `params.sampling`."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    return_progress: bool | None = None
+    max_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    min_tokens: Count | None = None
+    ignore_eos: bool | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    seed: int | None = None
+    temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    min_p: Share | None = None
+    xtc_probability: Share | None = None
+    xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | None = None
+    repetition_penalty: Annotated[float, Meta(ge=0, le=100)] | None = None
+    repetition_context_size: Count | None = None
+    presence_penalty: Penalty | None = None
+    presence_context_size: Count | None = None
+    frequency_penalty: Penalty | None = None
+    frequency_context_size: Count | None = None
+    logit_bias: (
+        Annotated[dict[str, Annotated[float, Meta(ge=-1e6, le=1e6)]], Meta(max_length=1024)] | None
+    ) = None
+    top_logprobs: Annotated[int, Meta(ge=-1, le=MAX_TOP_LOGPROBS)] | None = None
+    num_draft_tokens: Count | None = None
+    adapters: Any = None
+    draft_model: Any = None
+    response_format: Any = None
+
+
+class ContentPart(Struct):
+    type: str
+    text: str | None = None
+    refusal: str | None = None
+
+
+class CalledFunction(Struct):
+    name: str
+    arguments: str | dict[str, Any] | None = None
+
+
+class MessageToolCall(Struct):
+    function: CalledFunction
+    id: str | None = None
+    type: str | None = None
+
+
+class Message(Struct):
+    role: Annotated[str, Meta(min_length=1, max_length=64)]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: list[MessageToolCall] | None = None
+    tool_call_id: str | None = None
+
+
+class Function(Struct):
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(Struct):
+    """Tools of other types than `function` are left out of the prompt, as clients expect."""
+
+    type: str | None = None
+    function: Function | None = None
+
+
+class ChatRequest(Sampled, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1)]
+    tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
+    tool_choice: Any = None
+    logprobs: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    role_mapping: dict[str, str] | None = None
+    functions: Any = None
+    function_call: Any = None
+    modalities: Any = None
+
+
+class CompletionRequest(Sampled, kw_only=True):
+    prompt: str | Annotated[list[str | int | list[int]], Meta(min_length=1)]
+    logprobs: bool | Annotated[int, Meta(ge=0, le=MAX_TOP_LOGPROBS)] | None = None
+    echo: Any = None
+    suffix: Any = None
+    best_of: Any = None
+
+
+class ErrorDetail(Struct):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(Struct):
+    error: ErrorDetail
+
+
+def _operation(summary: str, body: dict[str, Any] | None, answer: str = "The answer") -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+    operation: dict[str, Any] = {
+        "summary": summary,
+        "responses": {"200": {"description": answer}, "default": {"description": "Error", "content": error}},
+    }
+    if body is not None:
+        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
+    return operation
+
+
+def openapi(version: str) -> dict[str, Any]:
+    """The OpenAPI 3.1 document, generated from the structs above."""
+    (chat, completion, _), components = msgspec.json.schema_components(
+        [ChatRequest, CompletionRequest, ErrorBody], ref_template="#/components/schemas/{name}"
+    )
+    reply = "JSON, or server-sent events with `stream`"
+    model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "Penstock", "version": version},
+        "paths": {
+            "/v1/chat/completions": {"post": _operation("Chat completion", chat, reply)},
+            "/v1/completions": {"post": _operation("Text completion", completion, reply)},
+            "/v1/models": {"get": _operation("The models served", None)},
+            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
+            "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
+        },
+        "components": {"schemas": components},
+    }
