@@ -1,0 +1,164 @@
+"""From a model directory to a model in memory, and the facts about it that the rest counts with.
+
+Owns loading through mlx-lm's public `load_model`, and the conversion to float32 on the CPU back end, where
+bfloat16 matmuls are many times slower and mixtures of experts exist in float32 only.
+Refuses a model with one sentence (`LoadError`). Invariant: what `facts` says is measured on the model's own
+caches and arrays, not derived from its config, but for what only the config can know.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
+
+from penstock.engine import lean, seams
+from penstock.engine.rows import Row
+
+_CONTEXT_KEYS = (
+    "max_position_embeddings",
+    "max_sequence_length",
+    "max_seq_len",
+    "seq_length",
+    "n_positions",
+    "n_ctx",
+)
+
+NO_LIMIT = 1 << 20
+
+
+class LoadError(Exception):
+    """The model can't be served, in one sentence; loading it again would end the same way."""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFacts:
+    """What the scheduler, the ledger and the clients are told about the model. Bytes are of one row."""
+
+    model_type: str
+    context_length: int
+    """Positions the model was made for, as its config says; `NO_LIMIT` where that is silent (recurrent)."""
+    eos_ids: frozenset[int]
+    vocab_size: int
+    """Width of the logits, which may exceed the tokenizer's vocabulary."""
+    weights_bytes: int
+    kv_bytes_per_token: int
+    """Over all layers whose keys and values grow with the row."""
+    window_bytes: int
+    """Over all layers with a sliding window, when it is full."""
+    state_bytes: int
+    """Over all recurrent layers."""
+    windows: tuple[int, ...]
+    """The different window sizes, in positions."""
+
+
+@dataclass(frozen=True, slots=True)
+class Loaded:
+    """A model ready to compute, with its config as mlx-lm read it."""
+
+    model: Any
+    config: dict[str, Any]
+    facts: ModelFacts
+
+
+def load(path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
+    """Load the model in the directory `path`, all weights in memory. Raises LoadError."""
+    directory = Path(path)
+    if not (directory / "config.json").is_file():
+        raise LoadError(f"{directory} is not a model directory: it has no config.json.")
+    seams.install()
+    if not mx.metal.is_available():
+        from penstock.engine import gated_delta
+
+        gated_delta.install()
+    try:
+        model, config = lean.utils().load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
+        if mx.default_device() == mx.cpu:
+            model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+        seams.install()
+        return Loaded(model, config, measure(model, _configs(directory)))
+    except (Exception, SystemExit) as error:
+        raise LoadError(_sentence(directory, error)) from error
+
+
+def measure(model: Any, configs: Iterable[Mapping[str, Any]] = ()) -> ModelFacts:
+    """The facts of a model in memory; `configs` in order of precedence, the main one first.
+
+    Bytes come from the caches of one step that is built and never computed: shapes are known before.
+    """
+    configs = list(configs)
+    row = Row(make_prompt_cache(model), 1)
+    logits = model(mx.zeros((1, 1), mx.int32), cache=row.caches)
+    windows = [leaf for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
+    return ModelFacts(
+        model_type=str(getattr(model, "model_type", "")),
+        context_length=_context_length(configs),
+        eos_ids=_eos_ids(configs),
+        vocab_size=int(logits.shape[-1]),
+        weights_bytes=int(mx.get_array_buffer_size(model.parameters())),
+        kv_bytes_per_token=sum(cache.nbytes for cache in row.kv),
+        window_bytes=sum(_bytes_per_position(cache) * cache.max_size for cache in windows),
+        state_bytes=sum(array.nbytes for cache in row.states for array in cache.cache if array is not None),
+        windows=tuple(sorted({cache.max_size for cache in windows})),
+    )
+
+
+def _bytes_per_position(cache: RotatingKVCache) -> int:
+    return sum(int(x.nbytes // x.shape[2]) for x in (cache.keys, cache.values) if x is not None)
+
+
+def _configs(directory: Path) -> list[dict[str, Any]]:
+    """generation_config.json and config.json, each followed by its text_config; unreadable ones are empty."""
+    found: list[dict[str, Any]] = []
+    for name in ("generation_config.json", "config.json"):
+        try:
+            config = json.loads((directory / name).read_text("utf-8"))
+        except (OSError, ValueError):
+            continue
+        if isinstance(config, dict):
+            found += [config, *(inner for inner in [config.get("text_config")] if isinstance(inner, dict))]
+    return found
+
+
+def _context_length(configs: Iterable[Mapping[str, Any]]) -> int:
+    values = (config.get(key) for config in configs for key in _CONTEXT_KEYS)
+    return next((int(value) for value in values if isinstance(value, int | float) and value > 0), NO_LIMIT)
+
+
+def _eos_ids(configs: Iterable[Mapping[str, Any]]) -> frozenset[int]:
+    ids: set[int] = set()
+    for config in configs:
+        named = config.get("eos_token_id")
+        ids.update(x for x in (named if isinstance(named, list) else [named]) if isinstance(x, int))
+    return frozenset(ids)
+
+
+def _sentence(directory: Path, error: BaseException) -> str:
+    """Why `directory` can't be served, from what mlx-lm raised."""
+    detail = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")[:240]
+    match error:
+        case FileNotFoundError():
+            words = f"{directory} holds no weights (model*.safetensors)"
+        case SystemExit() | ImportError():
+            words = f"the code of {directory.name}'s architecture needs a package that is not installed"
+        case ValueError() if detail.startswith("Model type"):
+            name = detail.removeprefix("Model type ").removesuffix(" not supported")
+            words = f"mlx-lm {version('mlx-lm')} does not know the architecture '{name}' of {directory}"
+        case ValueError() if "trust_remote_code" in detail or "requires importing" in detail:
+            words = f"{directory} brings its own model code, which only --trust-remote-code would run"
+        case ValueError() if "parameters" in detail or "shape" in detail:
+            words = f"the weights in {directory} don't fit its config.json: {detail}"
+        case RuntimeError() | OSError():
+            words = f"the weights in {directory} can't be read: {detail}"
+        case KeyError():
+            words = f"the config.json in {directory} lacks {detail}"
+        case _:
+            words = f"mlx-lm can't build the model in {directory}: {detail}"
+    return f"{words}."

@@ -1,0 +1,204 @@
+"""What the model at hand allows, found by trying at load: ragged batches, and steps launched ahead.
+
+Owns two experiments. `compare`: rows of unequal length decode together, each step's log-probs against
+mlx-lm's own single-sequence loop under the same forced tokens. `copies`: does a step launched before the
+last one was read copy a row's buffer, because that one still reads it?
+Refuses nothing: what can't be shown to be right runs serially, with the reason in a sentence. Invariant:
+the probe leaves no array behind.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import make_prompt_cache
+
+from penstock.engine import loader
+from penstock.engine.batch import Runner
+
+STEPS = 6
+LONGEST_WINDOW = 512
+"""Windows beyond this are not filled by the probe: that prefill would cost more than it shows."""
+
+FLOAT32_TOLERANCE = 1e-4
+"""Per unit of the largest logit (1 at least). Rounding leaves about 1e-6; a key lost or a position off by
+one, 1e-2 and more."""
+
+LIKELY = 64
+"""Where rounding is coarse only the likeliest ids are compared: the tail's log-probs are mostly rounding."""
+
+NOISE_FACTOR = 4.0
+PROBE_BYTES = 64 << 20
+COPIED_SHARE = 0.1
+"""Of a row's bytes: a copy of less than this is as cheap as waiting for the read."""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """How to run this model, and why. `difference` and `tolerance` are in nats."""
+
+    mode: str
+    reason: str
+    pipelined: bool
+    difference: float = 0.0
+    tolerance: float = 0.0
+
+
+def probe(model: Any, forced: str = "auto") -> Findings:
+    """Try the model; `forced` "ragged" or "serial" settles the mode without trying it."""
+    if forced != "auto":
+        return Findings(forced, "as told", pipelined=not copies(model, forced))
+    runner = Runner(model)
+    if runner.mode == "serial":
+        return Findings("serial", runner.reason, pipelined=not copies(model, "serial"))
+    try:
+        difference, tolerance = compare(runner, model)
+    except Exception as error:  # model code may raise anything when it meets keys it can't handle
+        words = f"{type(error).__name__}: {error}".splitlines()[0][:200]
+        return Findings("serial", f"a batch of unequal rows fails ({words})", not copies(model, "serial"))
+    finally:
+        runner.reset()
+    if not difference <= tolerance:  # a NaN is a difference
+        reason = (
+            f"a batch of unequal rows differs from single rows by {difference:.2g} (allowed {tolerance:.2g})"
+        )
+        return Findings("serial", reason, not copies(model, "serial"), difference, tolerance)
+    reason = f"equal to single rows within {difference:.2g}"
+    return Findings("ragged", reason, not copies(model, "ragged"), difference, tolerance)
+
+
+def compare(runner: Runner, model: Any) -> tuple[float, float]:
+    """The largest difference between rows in a batch and alone, and what rounding explains.
+
+    In float32 the maximum over all ids counts. Else the yardstick is the model's own rounding: mlx-lm alone
+    token by token and mlx-lm alone with all tokens in one pass are equally right, and differ by other kernels
+    and orders of summation, which is all that may separate a batch from single rows. Measured as the root
+    mean square over the likeliest ids; the worst row and step count, on both sides.
+    """
+    facts = loader.measure(model)
+    prompts = _prompts(facts)
+    forced = [
+        [(7 * row + 13 * step + 5) % facts.vocab_size for step in range(STEPS)] for row in range(len(prompts))
+    ]
+    alone = [_alone(model, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)]
+    together = _together(runner, prompts, forced)
+    largest = _worst([mx.max(mx.abs(logits)) for row in alone for logits in row])
+    if alone[0][0].dtype == mx.float32:
+        differences = [mx.max(mx.abs(_logprobs(a) - _logprobs(b))) for a, b in _pairs(together, alone)]
+        return _worst(differences), FLOAT32_TOLERANCE * max(1.0, largest)
+    one_pass = [_one_pass(model, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)]
+    noise = _worst([_distance(a, b) for a, b in _pairs(one_pass, alone)])
+    step = mx.finfo(alone[0][0].dtype).eps * largest
+    return _worst([_distance(a, b) for a, b in _pairs(together, alone)]), NOISE_FACTOR * max(noise, step)
+
+
+Logits = list[list[mx.array]]
+"""Rows of steps of (V,)."""
+
+
+def _prompts(facts: loader.ModelFacts) -> list[list[int]]:
+    """A row that starts from nothing, a long one, one between; around and beyond the smallest window."""
+    window = min(facts.windows, default=0)
+    lengths = [1, window + 16, window - 3] if 8 <= window <= LONGEST_WINDOW else [1, 40, 17]
+    return [[(31 * i + 11 * row + 3) % facts.vocab_size for i in range(n)] for row, n in enumerate(lengths)]
+
+
+def _alone(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.array]:
+    cache = make_prompt_cache(model)
+    if prompt[:-1]:
+        model(mx.array([prompt[:-1]]), cache=cache)
+        mx.eval([inner.state for inner in cache])
+    steps = []
+    for token in [prompt[-1], *tokens[:-1]]:
+        steps.append(model(mx.array([[token]]), cache=cache)[0, -1])
+        mx.eval(steps[-1])
+    return steps
+
+
+def _one_pass(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.array]:
+    logits = model(mx.array([[*prompt, *tokens[:-1]]]), cache=make_prompt_cache(model))[0]
+    steps = [logits[len(prompt) - 1 + step] for step in range(len(tokens))]
+    mx.eval(steps)
+    return steps
+
+
+def _together(runner: Runner, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]]) -> Logits:
+    """All rows in a batch; one leaves and comes back meanwhile, so that joining and leaving are tried too."""
+    rows = [runner.open(len(prompt) + STEPS) for prompt in prompts]
+    for row, prompt in zip(rows, prompts, strict=True):
+        if prompt[:-1]:
+            mx.eval(runner.prefill(row, prompt[:-1]))
+    ids = [[prompt[-1], *tokens] for prompt, tokens in zip(prompts, forced, strict=True)]
+    steps: Logits = [[] for _ in rows]
+    while any(len(done) < STEPS for done in steps):
+        ready = [i for i, done in enumerate(steps) if len(done) < STEPS]
+        if len(steps[1]) == 2 and len(steps[2]) < 4:
+            ready.remove(1)
+        logits = runner.decode([rows[i] for i in ready], mx.array([ids[i][len(steps[i])] for i in ready]))
+        mx.eval(logits)
+        for place, i in enumerate(ready):
+            steps[i].append(logits[place])
+    return steps
+
+
+def _pairs(first: Logits, second: Logits) -> list[tuple[mx.array, mx.array]]:
+    return [pair for a, b in zip(first, second, strict=True) for pair in zip(a, b, strict=True)]
+
+
+def _logprobs(logits: mx.array) -> mx.array:
+    logits = logits.astype(mx.float32)
+    return logits - mx.logsumexp(logits)
+
+
+def _distance(logits: mx.array, reference: mx.array) -> mx.array:
+    """Root mean square difference of the log-probs of the reference's likeliest ids, scalar float32."""
+    likely = mx.argpartition(-reference, min(LIKELY, reference.size) - 1)[:LIKELY]
+    difference = _logprobs(logits)[likely] - _logprobs(reference)[likely]
+    return mx.sqrt(mx.mean(mx.square(difference)))
+
+
+def _worst(values: Sequence[mx.array]) -> float:
+    return float(mx.max(mx.stack(list(values))).item())  # type: ignore[arg-type]
+
+
+def copies(model: Any, mode: str) -> bool:
+    """Whether launching a step before reading the last one copies K/V buffers.
+
+    One row with a long context (faked: buffers of zeros, offsets set) takes the same steps read one by one
+    and launched ahead; a short row does so too, which tells what running ahead costs besides copies. Costs
+    about twice `PROBE_BYTES` for a moment.
+    """
+    per_token = loader.measure(model).kv_bytes_per_token
+    if not per_token:
+        return False
+    runner = Runner(model, mode)
+    length = max(64, PROBE_BYTES // per_token)
+    excess = [_peak(runner, n, ahead=True) - _peak(runner, n, ahead=False) for n in (length, 16)]
+    return excess[0] - excess[1] > COPIED_SHARE * length * per_token
+
+
+def _peak(runner: Runner, length: int, *, ahead: bool) -> int:
+    """The most bytes that steps of one row of `length` positions hold beyond what they start with."""
+    row = runner.open(length + STEPS)
+    tokens = mx.argmax(runner.decode([row], mx.array([1])), axis=-1)
+    mx.eval(tokens)
+    for cache in row.kv:
+        cache.offset = length
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    for _ in range(STEPS - 1):
+        following = mx.argmax(runner.decode([row], tokens), axis=-1)
+        if ahead:
+            mx.async_eval(following)  # type: ignore[no-untyped-call]
+            mx.eval(tokens)
+        else:
+            mx.eval(following)
+        tokens = following
+    mx.eval(tokens)
+    mx.synchronize()
+    runner.close(row)
+    return int(mx.get_peak_memory()) - int(before)
