@@ -60,6 +60,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prompt_concurrency: int = 8
     prefill_step_size: int = 2048
     stall_target_ms: float = 200.0
+    xtc_special: tuple[int, ...] = ()
+    """Ids that XTC never takes away: newline and end of turn, as the tokenizer knows them."""
     batch_mode: str = "auto"
     """auto: what the probe at load finds to be right; ragged or serial: as told, for tests."""
 

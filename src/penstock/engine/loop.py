@@ -22,7 +22,7 @@ from typing import Any
 import mlx.core as mx
 
 from penstock import wire
-from penstock.engine.sampler import SamplingBatch, sample
+from penstock.engine.sampler import Sampled, SamplingBatch, sample
 from penstock.engine.scheduler import Chunk, Facts, Plan, account, schedule
 from penstock.engine.sequence import Sequence
 from penstock.page import Page, Phase
@@ -38,7 +38,7 @@ SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
 
 
-class ShutdownAsked(Exception):  # noqa: N818
+class ShutdownAsked(Exception):
     """The front asked the engine to stop."""
 
 
@@ -47,7 +47,7 @@ class InFlight:
     """A launched step: its decode rows and their draws (B,), and the prefill arrays to be waited for."""
 
     rows: tuple[Sequence, ...]
-    draws: Any
+    draws: Sampled | None
     chunk: Chunk | None
     chunk_arrays: Any
     launched_at: float
@@ -66,6 +66,7 @@ class Loop:
         context_length: int,
         eos_ids: frozenset[int],
         vocab_size: int,
+        xtc_special: tuple[int, ...] = (),
         pipelined: bool = True,
     ) -> None:
         self.runner = runner
@@ -75,6 +76,7 @@ class Loop:
         self.context_length = context_length
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
+        self.xtc_special = xtc_special
         self.pipelined = pipelined
         self.sequences: dict[int, Sequence] = {}
         self.in_flight: InFlight | None = None
@@ -164,24 +166,19 @@ class Loop:
             arrays = self._launch_chunk(plan.chunk)
         return InFlight(plan.decode, draws, plan.chunk, arrays, time.monotonic())
 
-    def _launch_decode(self, rows: tuple[Sequence, ...]) -> Any:
+    def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.page.begin(Phase.DECODE, [(s.id, s.launched) for s in rows])
         inputs = self._inputs(rows)
         logits = self.runner.decode([s.row for s in rows], inputs)
         batch = self._sampling_batch(rows)
-        draws = sample(
-            logits,
-            batch,
-            positions=[s.drawn for s in rows],
-            history=[s.tokens if s.input_on_device else s.tokens[:-1] for s in rows]
-            if batch.needs_history
-            else [],
-            inputs=inputs,
-            excluded=[self.eos_ids if s.must_go_on else () for s in rows]
-            if any(s.min_tokens for s in rows)
-            else None,
-        )
-        mx.async_eval(draws)
+        history: list[Any] = []
+        if batch.processors:
+            history = [s.tokens if s.input_on_device else s.tokens[:-1] for s in rows]
+        excluded = None
+        if any(s.must_go_on for s in rows):
+            excluded = [tuple(self.eos_ids) if s.must_go_on else () for s in rows]
+        draws = sample(logits, batch, [s.drawn for s in rows], history, inputs, excluded=excluded)
+        mx.async_eval(draws)  # type: ignore[no-untyped-call]
         for sequence in rows:
             sequence.launched += 1
         return draws
@@ -201,7 +198,8 @@ class Loop:
     def _sampling_batch(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
         ids = tuple(s.id for s in rows)
         if self.sampling is None or self.sampling[0] != ids:
-            self.sampling = ids, SamplingBatch([s.sampling for s in rows], self.vocab_size)
+            settings = [s.sampling for s in rows]
+            self.sampling = ids, SamplingBatch(settings, self.vocab_size, self.xtc_special)
         return self.sampling[1]
 
     def _launch_chunk(self, chunk: Chunk) -> Any:
@@ -210,6 +208,7 @@ class Loop:
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
         arrays = self.runner.prefill(sequence.row, ids)
+        mx.async_eval(arrays)  # type: ignore[no-untyped-call]
         account(chunk, [s for s in self.sequences.values() if s.prefill_left])
         sequence.launched += chunk.length
         return arrays
@@ -227,23 +226,25 @@ class Loop:
         self.page.step_done()
 
     def _read_draws(self, step: InFlight) -> None:
-        tokens = step.draws.tokens.tolist()
-        logprobs, top = step.draws.read()
+        draws = step.draws
+        assert draws is not None
+        tokens: Any = draws.tokens.tolist()
+        logprobs: Any = None if draws.logprobs is None else draws.logprobs.tolist()
+        top = None
+        if draws.top_ids is not None and draws.top_logprobs is not None:
+            all_ids: Any = draws.top_ids.tolist()
+            values: Any = draws.top_logprobs.tolist()
+            top = [list(zip(*pair, strict=True)) for pair in zip(all_ids, values, strict=True)]
         for i, sequence in enumerate(step.rows):
             if self.sequences.get(sequence.id) is not sequence:
-                continue
+                continue  # it ended before this step: a spare draw
             sequence.tokens.append(tokens[i])
             sequence.computed = len(sequence.tokens) - 1
             sequence.failures = 0
-            k = sequence.sampling.logprobs
-            self.report.rows.append(
-                wire.Row(
-                    sequence.id,
-                    [tokens[i]],
-                    None if k is None else [logprobs[i]],
-                    None if not k else [top[i][:k]],
-                )
-            )
+            asked = sequence.sampling.logprobs
+            chosen = [logprobs[i]] if logprobs is not None and asked is not None else None
+            likeliest = [top[i][:asked]] if top is not None and asked else None
+            self.report.rows.append(wire.Row(sequence.id, [tokens[i]], chosen, likeliest))
             reason = sequence.finish_reason(self.eos_ids)
             if reason is not None:
                 self._end(sequence, reason)

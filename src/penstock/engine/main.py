@@ -96,6 +96,7 @@ def _prepare(options: wire.EngineOptions, channel: EngineChannel, page: Page) ->
         context_length=facts.context_length,
         eos_ids=frozenset(facts.eos_ids),
         vocab_size=facts.vocab_size,
+        xtc_special=options.xtc_special,
         pipelined=found.pipelined,
     )
 
