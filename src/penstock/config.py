@@ -305,7 +305,7 @@ def resolve(
         name = option.name
         if (text := flags.get(name)) is not None:
             rank, source = 0, flag_of(option)
-        elif (text := environment.get(variable_of(option))) is not None:
+        elif text := environment.get(variable_of(option)):
             rank, source = 1, variable_of(option)
         elif name in keys:
             text, rank, source = _as_text(file[keys[name]]), 2, f"{keys[name]!r} in {file_name}"

@@ -1,0 +1,111 @@
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+
+from penstock import platform
+
+
+def never(*_: Any, **__: Any) -> NoReturn:
+    raise AssertionError("a means of another system was tried")
+
+
+@pytest.fixture
+def darwin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Mac, as far as `platform` can see; Linux's means fail the test that tries them."""
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr(platform, "_holder_by_proc", never)
+
+
+@pytest.fixture
+def linux_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setattr(platform, "backend", lambda: "cpu")
+    monkeypatch.setattr(platform, "openblas", lambda: "/lib/libopenblas.so.0")
+
+
+@pytest.mark.usefixtures("darwin")
+def test_nothing_is_preloaded_on_darwin(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os.path, "exists", lambda _: True)
+    assert platform.openblas() is None
+    assert platform.engine_environment({"HOME": "h"}) == {"HOME": "h"}
+    assert platform.backend() == "metal"
+    assert platform.backend_problem() is None
+
+
+@pytest.mark.usefixtures("darwin")
+def test_darwin_asks_lsof_who_holds_a_port(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lsof(command: list[str], **_: Any) -> subprocess.CompletedProcess[str]:
+        assert command[:3] == ["lsof", "-nP", "-iTCP:8080"]
+        return subprocess.CompletedProcess(command, 0, "p4242\ncollama\nf12\n", "")
+
+    monkeypatch.setattr(subprocess, "run", lsof)
+    assert platform.port_holder(8080) == platform.Holder(4242, "ollama")
+
+
+def test_lsof_that_tells_nothing_names_nobody() -> None:
+    assert platform.parse_lsof("") is None
+
+
+@pytest.mark.usefixtures("linux_cpu")
+def test_openblas_goes_before_what_was_preloaded_already() -> None:
+    assert platform.engine_environment({})["LD_PRELOAD"] == "/lib/libopenblas.so.0"
+    assert platform.engine_environment({"LD_PRELOAD": "x.so"})["LD_PRELOAD"] == "/lib/libopenblas.so.0:x.so"
+    already = {"LD_PRELOAD": "/opt/libopenblas.so"}
+    assert platform.engine_environment(already) == already
+
+
+@pytest.mark.usefixtures("linux_cpu")
+@pytest.mark.parametrize("backend", ["cuda", None])
+def test_only_the_cpu_back_end_is_preloaded(monkeypatch: pytest.MonkeyPatch, backend: str | None) -> None:
+    monkeypatch.setattr(platform, "backend", lambda: backend)
+    assert platform.engine_environment({}) == {}
+
+
+@pytest.mark.usefixtures("linux_cpu")
+def test_without_openblas_the_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "openblas", lambda: None)
+    assert platform.engine_environment({"A": "b"}) == {"A": "b"}
+
+
+def test_a_missing_back_end_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(platform, "backend", lambda: None)
+    sentence = platform.backend_problem()
+    assert sentence is not None
+    assert f"{sys.executable} -m pip install 'mlx[cpu]==" in sentence
+    assert "cuda13" in sentence
+
+
+def test_a_busy_port_is_said_with_the_program_that_holds_it() -> None:
+    with platform.listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with pytest.raises(platform.PortProblem) as caught:
+            platform.listen("127.0.0.1", port)
+    assert caught.value.exit_code == 1
+    assert f"Port {port} is in use" in caught.value.sentence
+    if sys.platform == "linux":
+        assert f"(process {os.getpid()})" in caught.value.sentence
+
+
+def test_a_port_can_be_taken_again_at_once() -> None:
+    with platform.listen("127.0.0.1", 0) as listener:
+        port = listener.getsockname()[1]
+        with socket.create_connection(("127.0.0.1", port)):
+            listener.accept()[0].close()
+    platform.listen("127.0.0.1", port).close()
+
+
+def test_an_address_that_is_none_is_for_the_user_to_mend() -> None:
+    with pytest.raises(platform.PortProblem, match="no such address") as caught:
+        platform.listen("256.1.1.1", 0)
+    assert caught.value.exit_code == 2
+
+
+def test_proc_without_the_port_names_nobody(tmp_path: Path) -> None:
+    assert platform._holder_by_proc(8080, tmp_path) is None
