@@ -85,6 +85,7 @@ def test_unknown_variables_are_found() -> None:
 def test_of_demo_and_model_the_one_set_nearer_stands() -> None:
     assert resolve({"demo": "true"}, {}, {"model": "m"}).options.model is None
     assert not resolve({"model": "m"}, {"PENSTOCK_DEMO": "1"}, {}).options.demo
+    assert resolve({}, {"PENSTOCK_DEMO": "1"}, {"model": "m"}).options.model is None
     both = resolve({"demo": "true", "model": "m"}, {}, {}).options
     assert both.demo
     assert both.model == "m"

@@ -34,9 +34,11 @@ def linux_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_nothing_is_preloaded_on_darwin(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os.path, "exists", lambda _: True)
     assert platform.openblas() is None
-    assert platform.engine_environment({"HOME": "h"}) == {"HOME": "h"}
     assert platform.backend() == "metal"
     assert platform.backend_problem() is None
+    monkeypatch.setattr(platform, "backend", lambda: "cpu")
+    monkeypatch.setattr(platform, "openblas", never)
+    assert platform.engine_environment({"HOME": "h"}) == {"HOME": "h"}
 
 
 @pytest.mark.usefixtures("darwin")
