@@ -1,0 +1,196 @@
+"""The loop over real tiny models: what a client gets does not depend on company, order or faults."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import mlx.core as mx
+import pytest
+from tests.support import tiny_models
+from tests.support.engine_loop import Answer, EngineLoop
+
+from penstock import wire
+from penstock.engine.batch import Runner
+from penstock.engine.scheduler import Facts
+
+HYBRID, DENSE = "qwen3_5", "qwen3"
+
+
+@pytest.fixture(params=[HYBRID, DENSE], name="engine")
+def _engine(request: pytest.FixtureRequest) -> Iterator[EngineLoop]:
+    engine = make(request.param)
+    yield engine
+    engine.close()
+
+
+def make(name: str, **options: object) -> EngineLoop:
+    runner = Runner(tiny_models.build(name))
+    assert runner.mode == "ragged"
+    return EngineLoop(runner, vocab_size=tiny_models.VOCAB, **options)  # type: ignore[arg-type]
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(256), k=length)
+
+
+def alone(name: str, ids: list[int], **fields: object) -> Answer:
+    engine = make(name, pipelined=False)
+    id_ = engine.submit(ids, **fields)  # type: ignore[arg-type]
+    engine.play()
+    engine.close()
+    return engine.answers[id_]
+
+
+HOT = wire.Sampling(temperature=1.0, seed=11, logprobs=3)
+
+
+@pytest.mark.parametrize("name", [HYBRID, DENSE])
+def test_greedy_and_seeded_answers_are_the_same_alone_and_in_company(name: str) -> None:
+    lengths = [1, 5, 130, 40, 300, 17]
+    jobs = [(prompt(n, n), HOT if n % 2 else wire.Sampling(logprobs=1), 12 + n % 7) for n in lengths]
+    expected = [alone(name, ids, sampling=s, max_tokens=m) for ids, s, m in jobs]
+    engine = make(name)
+    got = []
+    for ids, sampling, most in jobs:
+        got.append(engine.submit(ids, sampling=sampling, max_tokens=most))
+        for _ in range(3):
+            engine.turn()
+    engine.play()
+    engine.close()
+    for id_, want in zip(got, expected, strict=True):
+        answer = engine.answers[id_]
+        assert answer.tokens == want.tokens
+        assert answer.logprobs == pytest.approx(want.logprobs, abs=1e-4)
+        assert answer.ended is not None
+        assert answer.ended.reason == "length"
+
+
+def test_a_greedy_request_that_joins_hot_ones_stays_greedy() -> None:
+    ids = prompt(20, 5)
+    expected = alone(HYBRID, ids, max_tokens=20).tokens
+    engine = make(HYBRID)
+    for seed in range(4):
+        engine.submit(prompt(9, seed), sampling=wire.Sampling(temperature=2.0, seed=seed), max_tokens=40)
+    for _ in range(4):
+        engine.turn()
+    greedy = engine.submit(ids, max_tokens=20)
+    engine.play()
+    engine.close()
+    assert engine.answers[greedy].tokens == expected
+    assert expected == tiny_models.greedy(tiny_models.build(HYBRID), mx.array(ids), 20)
+
+
+def test_a_continuation_draws_what_would_have_come(engine: EngineLoop) -> None:
+    whole = engine.submit(prompt(30), sampling=HOT, max_tokens=16)
+    engine.play()
+    tokens = engine.answers[whole].tokens
+    for cut in (1, 7, 15):
+        rest = engine.submit(prompt(30), sampling=HOT, max_tokens=16, delivered=tokens[:cut])
+        engine.play()
+        assert engine.answers[rest].tokens == tokens[cut:]
+    done = engine.submit(prompt(30), sampling=HOT, max_tokens=16, delivered=tokens)
+    engine.play()
+    assert engine.answers[done].tokens == []
+    assert engine.answers[done].ended.reason == "length"  # type: ignore[union-attr]
+
+
+def test_ends_at_the_end_of_turn_unless_told_to_ignore_it(engine: EngineLoop) -> None:
+    first = engine.submit(prompt(12), max_tokens=30)
+    engine.play()
+    tokens = engine.answers[first].tokens
+    eos = tokens[9]
+    at = tokens.index(eos)
+    engine.loop.eos_ids = frozenset([eos])
+    stopped = engine.submit(prompt(12), max_tokens=30)
+    ignored = engine.submit(prompt(12), max_tokens=30, ignore_eos=True)
+    longer = engine.submit(prompt(12), max_tokens=30, min_tokens=at + 3)
+    engine.play()
+    assert engine.answers[stopped].tokens == tokens[: at + 1]
+    assert engine.answers[stopped].ended.reason == "stop"  # type: ignore[union-attr]
+    assert engine.answers[ignored].tokens == tokens
+    assert eos not in engine.answers[longer].tokens[: at + 3]
+    assert len(engine.answers[longer].tokens) >= at + 3
+
+
+def test_the_context_ends_an_answer_without_a_limit() -> None:
+    engine = make(DENSE, context_length=64)
+    id_ = engine.submit(prompt(40))
+    full = engine.submit(prompt(64))
+    engine.play()
+    engine.close()
+    assert len(engine.answers[id_].tokens) == 24
+    assert engine.answers[full].tokens == []
+    for answer in engine.answers.values():
+        assert answer.ended is not None
+        assert answer.ended.reason == "length"
+
+
+def test_an_end_from_the_front_takes_effect_at_the_next_turn(engine: EngineLoop) -> None:
+    """Queued, in prefill, and decoding; the others' answers do not change."""
+    engine.loop.facts = Facts(2, 1, 16, 0.2)
+    decoding = engine.submit(prompt(4), max_tokens=1000)
+    for _ in range(4):
+        engine.turn()
+    prefilling = engine.submit(prompt(2000), max_tokens=5)
+    queued = engine.submit(prompt(3), max_tokens=5)
+    for _ in range(4):
+        engine.turn()
+    assert engine.loop.sequences[prefilling].row is not None
+    assert engine.loop.sequences[queued].row is None
+    for id_ in (decoding, prefilling, queued):
+        engine.end(id_, keep=7)
+        engine.end(id_, keep=3)  # a second end of the same id is void
+    engine.turn()
+    engine.turn()
+    assert not engine.loop.sequences
+    computed = [engine.answers[id_].ended.computed for id_ in (decoding, prefilling, queued)]  # type: ignore[union-attr]
+    assert computed == [7, 7, 0]
+    engine.play()
+
+
+def test_prefill_progress_reaches_the_whole_prompt(engine: EngineLoop) -> None:
+    id_ = engine.submit(prompt(200), max_tokens=1)
+    engine.play()
+    assert engine.answers[id_].prefilled == [64, 128, 192, 199]
+
+
+class Faulty:
+    """A runner whose `decode` raises at chosen calls, as MLX raises at launch."""
+
+    def __init__(self, runner: Runner, at: set[int]) -> None:
+        self.runner, self.at, self.calls = runner, at, 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.runner, name)
+
+    def decode(self, rows: object, inputs: mx.array) -> mx.array:
+        self.calls += 1
+        if self.calls in self.at:
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        return self.runner.decode(rows, inputs)  # type: ignore[arg-type]
+
+
+def test_after_an_error_rows_are_computed_again_and_answers_are_whole() -> None:
+    expected = [alone(HYBRID, prompt(n, n), sampling=HOT, max_tokens=20).tokens for n in (3, 50, 120)]
+    engine = make(HYBRID)
+    engine.loop.runner = Faulty(engine.loop.runner, {6, 15})
+    ids = [engine.submit(prompt(n, n), sampling=HOT, max_tokens=20) for n in (3, 50, 120)]
+    engine.play()
+    engine.close()
+    assert [engine.answers[id_].tokens for id_ in ids] == expected
+
+
+def test_two_errors_without_a_new_id_fail_those_on_board_and_the_next_is_served() -> None:
+    engine = make(DENSE)
+    engine.loop.runner = Faulty(engine.loop.runner, {3, 4, 5})
+    ids = [engine.submit(prompt(n), max_tokens=20) for n in (3, 5)]
+    engine.play()
+    for id_ in ids:
+        ended = engine.answers[id_].ended
+        assert ended is not None
+        assert (ended.reason, ended.kind) == ("error", "INTERNAL")
+    after = engine.submit(prompt(8), max_tokens=5)
+    engine.play()
+    engine.close()
+    assert len(engine.answers[after].tokens) == 5

@@ -1,0 +1,135 @@
+"""The engine's loop in this process: a channel made of lists, and a way to play submissions to their ends."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock import wire
+from penstock.engine.loop import Loop
+from penstock.engine.scheduler import Facts
+from penstock.page import Page
+from penstock.pipe import FrontGone
+
+
+class ListChannel:
+    """What `pipe.EngineChannel` is to the loop. `inbox` is taken a message list at a time; None closes."""
+
+    def __init__(self) -> None:
+        self.inbox: list[wire.ToEngine | None] = []
+        self.sent: list[wire.ToFront] = []
+        self.backlog = 0
+
+    def receive(self, timeout: float | None = 0.0) -> list[wire.ToEngine]:
+        taken, self.inbox = self.inbox, []
+        if None in taken:
+            raise FrontGone
+        return [message for message in taken if message is not None]
+
+    def send(self, message: wire.ToFront) -> None:
+        self.sent.append(message)
+
+
+@dataclass
+class Answer:
+    """What came back for one sequence."""
+
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    top: list[list[tuple[int, float]]] = field(default_factory=list)
+    prefilled: list[int] = field(default_factory=list)
+    ended: wire.Ended | None = None
+
+
+class EngineLoop:
+    """A loop over a runner, fed by hand, one turn at a time."""
+
+    def __init__(
+        self,
+        runner: Any,
+        *,
+        vocab_size: int,
+        eos_ids: Sequence[int] = (),
+        context_length: int = 4096,
+        pipelined: bool = True,
+        **facts: Any,
+    ) -> None:
+        self.channel = ListChannel()
+        self.page = Page.create()
+        defaults: dict[str, Any] = {
+            "decode_concurrency": 32,
+            "prompt_concurrency": 8,
+            "chunk_longest": 64,
+            "stall_target": 0.2,
+        }
+        self.loop = Loop(
+            runner,
+            self.channel,  # type: ignore[arg-type]
+            self.page,
+            Facts(**{**defaults, **facts}),
+            context_length=context_length,
+            eos_ids=frozenset(eos_ids),
+            vocab_size=vocab_size,
+            pipelined=pipelined,
+        )
+        self.answers: dict[int, Answer] = {}
+        self.next_id = 1
+
+    def submit(self, prompt: Sequence[int], *, sampling: wire.Sampling | None = None, **fields: Any) -> int:
+        """A new sequence; returns its id."""
+        id_ = self.next_id
+        self.next_id += 1
+        delivered = array("I", fields.pop("delivered", ())).tobytes()
+        self.channel.inbox.append(
+            wire.Submit(
+                id=id_,
+                prompt=array("I", prompt).tobytes(),
+                sampling=sampling or wire.Sampling(),
+                arrival=fields.pop("arrival", id_),
+                delivered=delivered,
+                **fields,
+            )
+        )
+        self.answers[id_] = Answer()
+        return id_
+
+    def end(self, id_: int, keep: int = 0) -> None:
+        """The front's `End`."""
+        self.channel.inbox.append(wire.End(id_, keep))
+
+    def turn(self) -> None:
+        """One turn of the loop, and its report taken in."""
+        self.loop.turn()
+        self._collect()
+
+    def play(self, turns: int = 5000) -> None:
+        """Turns until every sequence has ended."""
+        for _ in range(turns):
+            self.turn()
+            if all(a.ended for a in self.answers.values()) and self.loop.in_flight is None:
+                return
+        raise AssertionError(f"not ended after {turns} turns: {self.answers}")
+
+    def close(self) -> None:
+        """Let go of the page; nothing may be left in the runner."""
+        assert not self.loop.sequences
+        assert self.loop.runner.bytes() == 0, "the engine is not empty when idle"
+        self.page.close()
+
+    def _collect(self) -> None:
+        for message in self.channel.sent:
+            assert isinstance(message, wire.Step)
+            for row in message.rows:
+                answer = self.answers[row.id]
+                assert answer.ended is None, "an id after the end"
+                answer.tokens += row.tokens
+                answer.logprobs += row.logprobs or []
+                answer.top += row.top or []
+            for prefill in message.prefill:
+                self.answers[prefill.id].prefilled.append(prefill.done)
+            for ended in message.ended:
+                assert self.answers[ended.id].ended is None, "ended twice"
+                self.answers[ended.id].ended = ended
+        self.channel.sent.clear()
