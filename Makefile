@@ -40,7 +40,7 @@ format: venv
 	$(PY) -m ruff format .
 
 bench: venv
-	@$(PRELOAD) $(PY) -m bench $(ARGS)
+	@$(PRELOAD) $(PY) -m bench.serve $(ARGS)
 
 demo-model: venv
 	@$(PRELOAD) $(PY) -m tools.demo_model $(ARGS)
