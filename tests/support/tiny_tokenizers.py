@@ -1,4 +1,4 @@
-"""Tokenizers small enough to train in a test: byte-level BPE, SentencePiece-style BPE with byte fallback, WordPiece."""
+"""Tokenizers small enough to train in a test: byte-level BPE, byte-fallback BPE, WordPiece."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ MARKS = ["<think>", "</think>", "<tool_call>", "</tool_call>"]
 
 
 @cache
-def byte_level() -> tokenizers.Tokenizer:
+def byte_level(marks: bool = True) -> tokenizers.Tokenizer:
     """Qwen's kind: byte-level BPE, chat tokens special, marks as added tokens that are not."""
     backend = tokenizers.Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -33,7 +33,7 @@ def byte_level() -> tokenizers.Tokenizer:
         CORPUS, trainers.BpeTrainer(vocab_size=700, initial_alphabet=alphabet, show_progress=False)
     )
     backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in SPECIAL])
-    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in MARKS])
+    backend.add_tokens([AddedToken(name, special=False, normalized=False) for name in MARKS if marks])
     return backend
 
 
@@ -85,12 +85,19 @@ def word_piece() -> tokenizers.Tokenizer:
     return backend
 
 
+def with_special(*names: str) -> tokenizers.Tokenizer:
+    """A byte-level tokenizer without marks, and with more special tokens."""
+    backend = tokenizers.Tokenizer.from_str(byte_level(marks=False).to_str())
+    backend.add_special_tokens([AddedToken(name, special=True, normalized=False) for name in names])
+    return backend
+
+
 def write_model(
-    folder: Path, backend: tokenizers.Tokenizer, config: dict[str, Any] | None = None, **files: Any
+    folder: Path, backend: tokenizers.Tokenizer, tokenizer_config: dict[str, Any] | None = None, **files: Any
 ) -> Path:
-    """A model's folder without weights: tokenizer.json, tokenizer_config.json and NAME.json for each of `files`."""
+    """A model's folder without weights: tokenizer.json, tokenizer_config.json and NAME.json for each file."""
     folder.mkdir(parents=True, exist_ok=True)
     backend.save(str(folder / "tokenizer.json"))
-    for name, content in {"tokenizer_config": config or {}, **files}.items():
+    for name, content in {"tokenizer_config": tokenizer_config or {}, **files}.items():
         (folder / f"{name}.json").write_text(json.dumps(content), encoding="utf-8")
     return folder

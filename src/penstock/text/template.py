@@ -122,22 +122,17 @@ class ChatTemplate:
             return plain_dialogue(turns, role_mapping)
         scope = {key: value for key, value in (kwargs or {}).items() if _may_set(key)}
         scope |= {"tools": tools or None, "add_generation_prompt": add_generation_prompt}
-        refusal: PenstockError | None = None
+        attempts = [tag_late_systems(turns), join_turns(turns)]
         if self._takes_late_system or not has_late_system(turns):
-            try:
-                return self._render(turns, scope)
-            except PenstockError as error:
-                refusal = error
-        for mend in (tag_late_systems, join_turns):
-            mended = mend(turns)
-            if mended == turns:
-                continue
-            try:
-                return self._render(mended, scope)
-            except PenstockError as error:
-                refusal = refusal or error
-        assert refusal is not None
-        raise refusal
+            attempts.insert(0, turns)
+        refusals = []
+        for number, attempt in enumerate(attempts):
+            if attempt not in attempts[:number]:
+                try:
+                    return self._render(attempt, scope)
+                except PenstockError as error:
+                    refusals.append(error)
+        raise refusals[0]
 
     def _render(self, messages: list[Message], scope: dict[str, Any]) -> str:
         name = "tool_use" if scope.get("tools") is not None and "tool_use" in self._templates else "default"
