@@ -25,10 +25,11 @@ from penstock import wire
 from penstock.page import Page
 
 CHUNK = 1 << 18
+EXIT_GRACE = 5.0
 _LENGTH = struct.Struct("<I")
 
 
-class FrontGone(Exception):  # noqa: N818 (an event, not an error)
+class FrontGone(Exception):
     """The front closed its end; every message before that has been received."""
 
 
@@ -65,7 +66,8 @@ class Frames:
 class EngineChannel:
     """Messages to and from the front, for one loop thread."""
 
-    def __init__(self, sock: socket.socket, *, exit_grace: float = 5.0) -> None:
+    def __init__(self, sock: socket.socket, *, exit_grace: float | None = EXIT_GRACE) -> None:
+        """`exit_grace`: seconds that a loop has to exit once the front is gone; None: no limit, for tests."""
         sock.setblocking(True)
         self._sock = sock
         self._exit_grace = exit_grace
@@ -135,8 +137,9 @@ class EngineChannel:
             print(f"<3>the front sent what is no message: {error}", file=sys.stderr, flush=True)
         self._inbox.put(None)
         # A loop stuck in a native call can't see the message; the process must go all the same.
-        time.sleep(self._exit_grace)
-        os._exit(1)
+        if self._exit_grace is not None:
+            time.sleep(self._exit_grace)
+            os._exit(1)
 
     def _write(self) -> None:
         while True:
@@ -151,7 +154,7 @@ class EngineChannel:
                 self._sending = 0
 
 
-def adopt(arguments: Sequence[str]) -> tuple[EngineChannel, Page]:
+def adopt(arguments: Sequence[str], exit_grace: float = EXIT_GRACE) -> tuple[EngineChannel, Page]:
     """The engine's first act: takes over the descriptors its command line names, and forbids core files."""
     parser = argparse.ArgumentParser(prog="penstock.engine")
     parser.add_argument("--socket-fd", type=int, required=True)
@@ -163,4 +166,4 @@ def adopt(arguments: Sequence[str]) -> tuple[EngineChannel, Page]:
         os.set_inheritable(fd, False)
     page = Page.attach(names.page_fd)
     page.close_fd()
-    return EngineChannel(socket.socket(fileno=names.socket_fd)), page
+    return EngineChannel(socket.socket(fileno=names.socket_fd), exit_grace=exit_grace), page

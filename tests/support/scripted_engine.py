@@ -11,6 +11,8 @@ continuation after a death is exact, and `delivered` is checked against the scri
       "echo": true,                                  no match: the prompt's own ids (false: nothing)
       "token_seconds": 0.0, "tokens_per_step": 1,
       "prefill_chunk": 512, "prefill_seconds": 0.0,  per chunk
+      "print": "text",                               to stderr, at the start
+      "exit_grace": 5.0,                             how long a hung engine outlives its front
       "faults": [{"epoch": 1, "at": "step", "n": 3, "do": "SIGKILL"}, ...]
     }
 
@@ -22,6 +24,7 @@ engine. `hang` makes no progress any more; SIGSTOP stops the process.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -33,7 +36,7 @@ from typing import Any
 
 from penstock import wire
 from penstock.page import Page, Phase
-from penstock.pipe import EngineChannel, FrontGone, adopt
+from penstock.pipe import EXIT_GRACE, EngineChannel, FrontGone, adopt
 
 COMMAND = (sys.executable, str(Path(__file__).resolve()))
 BACKLOG_BOUND = 1 << 20
@@ -118,6 +121,8 @@ class Engine:
 
     def load(self) -> None:
         self.channel.send(wire.Loading("weights"))
+        if "print" in self.script:
+            print(self.script["print"], file=sys.stderr, flush=True)
         deadline = time.monotonic() + self.script.get("load_seconds", 0.0)
         self.fault("load")
         while time.monotonic() < deadline:
@@ -216,13 +221,11 @@ class Engine:
 
 
 def main() -> None:
-    channel, page = adopt(sys.argv[1:])
     source = os.environ.get("PENSTOCK_SCRIPT", "{}")
     script = json.loads(source if source.lstrip().startswith("{") else Path(source).read_text())
-    try:
+    channel, page = adopt(sys.argv[1:], script.get("exit_grace", EXIT_GRACE))
+    with contextlib.suppress(FrontGone):
         Engine(channel, page, script).run()
-    except FrontGone:
-        pass
 
 
 if __name__ == "__main__":

@@ -146,6 +146,7 @@ class Backend:
             "stage": self.stage,
             "engine_deaths": self._life.deaths,
             "open": sum(entry.life.is_open for entry in entries),
+            "ending": sum(entry.life.state is m.SequenceState.ENDING for entry in entries),
             "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
             "journal_bytes": self._journal.bytes,
             "engine": None,
@@ -278,7 +279,7 @@ class Backend:
                 self._act(self._life.halt(reason))
 
     def _step(self, step: wire.Step) -> None:
-        get = self._journal.get
+        get, is_open = self._journal.get, m.SequenceState.OPEN
         for prefill in step.prefill:
             entry = get(prefill.id)
             if entry is not None and entry.life.is_open:
@@ -286,7 +287,7 @@ class Backend:
                 entry.ticket.put_progress(entry.choice, prefill.done, prefill.total)
         for row in step.rows:
             entry = get(row.id)
-            if entry is not None and entry.life.is_open:
+            if entry is not None and entry.life.state is is_open:
                 entry.delivered.extend(row.tokens)
                 entry.ticket.put_tokens(entry.choice, row.tokens, row.logprobs, row.top)
         for ended in step.ended:
@@ -327,7 +328,8 @@ class Backend:
         if engine.code is not None:
             self._dead(engine)
         else:
-            asyncio.get_running_loop().call_later(2.0, engine.process.kill, False, 0.0)
+            patience = 2.0 if error is None else 0.0
+            asyncio.get_running_loop().call_later(patience, engine.process.kill, False, 0.0)
 
     def _dead(self, engine: _Engine) -> None:
         assert engine.code is not None
@@ -348,14 +350,19 @@ class Backend:
                 entry,
                 PenstockError(Kind.ENGINE_DIED, "The engine died twice while computing this request."),
             )
+        going_on = set()
         for entry in self._journal:
             if entry.life.engine_died():
                 entry.epoch = None
                 entry.prefilled = 0
-                entry.ticket.stats.restarts += 1
+                going_on.add(entry.ticket)
             else:
                 self._journal.drop(entry)
+        for ticket in going_on:
+            ticket.stats.restarts += 1
         self._act(self._life.died(monotonic(), why))
+        if not expected and self._life.state is m.State.RESTARTING:
+            _log.warning("a new engine is being started; %d open sequences go on in it", len(self._journal))
 
     def _look(self) -> None:
         """The watch's period: is the engine hung?"""

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from time import monotonic
 
+import msgspec
+
 from penstock import wire
 from penstock.errors import PenstockError
 
@@ -32,8 +34,7 @@ class Job:
     """The client's seed. None: `sampling.seed` if that is not 0, else one is drawn."""
 
 
-@dataclass(slots=True)
-class Tokens:
+class Tokens(msgspec.Struct):
     """New ids of a choice; `logprobs` and `top` are as long as `ids` where they were asked for."""
 
     choice: int
@@ -42,16 +43,14 @@ class Tokens:
     top: list[list[tuple[int, float]]] | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Finished:
+class Finished(msgspec.Struct, frozen=True):
     """A choice's end. `reason`: stop (end-of-turn id), length, cut (ended by `Ticket.end`)."""
 
     choice: int
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class Progress:
+class Progress(msgspec.Struct, frozen=True):
     """Prefill of the first choice, in ids."""
 
     done: int
@@ -61,7 +60,7 @@ class Progress:
 Event = Tokens | Finished | Progress
 
 
-class Done(Exception):  # noqa: N818 (an event, not an error)
+class Done(Exception):
     """Every choice has finished, or the ticket was closed."""
 
 
@@ -91,6 +90,8 @@ class Ticket:
         self._events: deque[Event] = deque()
         self._failure: PenstockError | None = None
         self._waiter: asyncio.Future[None] | None = None
+        self._deadline: float | None = None
+        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def closed(self) -> bool:
@@ -114,14 +115,30 @@ class Ticket:
     async def _wait(self, timeout: float | None) -> bool:
         loop = asyncio.get_running_loop()
         waiter = self._waiter = loop.create_future()
-        timer = None if timeout is None else loop.call_later(timeout, _wake, waiter)
+        self._deadline = None if timeout is None else loop.time() + timeout
+        if self._deadline is not None and (self._timer is None or self._timer.when() > self._deadline):
+            self._cancel_timer()
+            self._timer = loop.call_at(self._deadline, self._alarm, loop)
         try:
             await waiter
         finally:
             self._waiter = None
-            if timer is not None:
-                timer.cancel()
         return bool(self._events or self._failure or not self._open)
+
+    def _alarm(self, loop: asyncio.AbstractEventLoop) -> None:
+        # One timer serves many waits: arming one for each would cost more than all the rest of a wait.
+        self._timer = None
+        if self._waiter is None or self._deadline is None:
+            return
+        if loop.time() >= self._deadline:
+            _wake(self._waiter)
+        else:
+            self._timer = loop.call_at(self._deadline, self._alarm, loop)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
 
     def end(self, choice: int, keep: int) -> None:
         """Ends a choice for a reason of text: its first `keep` ids (prompt and answer) count.
@@ -154,16 +171,19 @@ class Ticket:
             if stats.first_prefill is None:
                 stats.first_prefill = stats.first_token
         stats.generated[choice] += len(ids)
-        last = self._events[-1] if self._events else None
-        if isinstance(last, Tokens) and last.choice == choice:
+        events = self._events
+        last = events[-1] if events else None
+        if type(last) is Tokens and last.choice == choice:
             last.ids += ids
             if last.logprobs is not None and logprobs is not None:
                 last.logprobs += logprobs
             if last.top is not None and top is not None:
                 last.top += top
         else:
-            self._events.append(Tokens(choice, ids, logprobs, top))
-        self._wake()
+            events.append(Tokens(choice, ids, logprobs, top))
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def put_progress(self, choice: int, done: int, total: int) -> None:
         if self.stats.first_prefill is None:
@@ -196,6 +216,7 @@ class Ticket:
     def _over(self) -> None:
         if not self._open and self.stats.done is None:
             self.stats.done = monotonic()
+            self._cancel_timer()
         self._wake()
 
     def _wake(self) -> None:

@@ -1,0 +1,238 @@
+"""The pure machines: the engine's life, every order of a sequence's ends, the judgement of a hang."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from penstock.errors import Kind
+from penstock.page import Phase, View
+from penstock.supervisor.machine import (
+    AskExit,
+    EngineLife,
+    FailOpen,
+    HangLimits,
+    Kill,
+    Policy,
+    SequenceLife,
+    SequenceState,
+    Spawn,
+    State,
+    Stopped,
+    SubmitOpen,
+    WaitUntil,
+    Watch,
+)
+
+POLICY = Policy(loading_deaths=3, backoff=1.0, longest_backoff=8.0, exit_grace=5.0)
+
+
+def ready_life():
+    life = EngineLife(POLICY)
+    assert life.start() == [Spawn()]
+    assert life.ready() == [SubmitOpen()]
+    return life
+
+
+def test_it_starts_loading_and_becomes_ready():
+    life = EngineLife(POLICY)
+    assert life.state is State.LOADING
+    life.start()
+    life.ready()
+    assert life.state is State.READY
+
+
+def test_a_death_restarts_at_once_and_the_open_are_submitted_again():
+    life = ready_life()
+    assert life.died(10.0, "why") == [Spawn()]
+    assert (life.state, life.reason) == (State.RESTARTING, "why")
+    assert life.ready() == [SubmitOpen()]
+    assert life.reason is None
+
+
+def test_backoff_doubles_over_deaths_without_progress_up_to_its_bound():
+    life = ready_life()
+    life.died(0.0, "")
+    waits = []
+    for _ in range(6):
+        life.ready()
+        (wait,) = life.died(100.0, "")
+        assert isinstance(wait, WaitUntil)
+        waits.append(wait.at - 100.0)
+        assert life.tick(wait.at - 0.01) == []
+        assert life.tick(wait.at) == [Spawn()]
+        assert life.tick(wait.at) == []
+    assert waits == [1, 2, 4, 8, 8, 8]
+
+
+def test_progress_resets_the_backoff():
+    life = ready_life()
+    for _ in range(5):
+        assert life.died(0.0, "") == [Spawn()]
+        life.ready()
+        life.progressed()
+
+
+def test_three_deaths_in_a_row_while_loading_halt_with_the_reason():
+    life = EngineLife(POLICY)
+    life.start()
+    life.died(0.0, "one")
+    life.tick(life.died(0.0, "two")[0].at)
+    (fail,) = life.died(2.0, "three")
+    assert isinstance(fail, FailOpen)
+    assert fail.kind is Kind.ENGINE_HALTED
+    assert life.state is State.HALTED
+    assert "3 times" in life.reason
+    assert "three" in life.reason
+    assert life.tick(1e9) == []
+
+
+def test_a_start_that_succeeds_between_forgives_deaths_while_loading():
+    life = EngineLife(POLICY)
+    life.start()
+    for _ in range(4):
+        life.died(0.0, "")
+        life.tick(1e9)
+        life.died(0.0, "")
+        life.tick(1e9)
+        life.ready()
+        assert life.state is State.READY
+        life.progressed()
+        life.died(0.0, "")
+
+
+@pytest.mark.parametrize("before", ["loading", "ready", "restarting"])
+def test_a_halt_message_halts_at_once(before):
+    life = EngineLife(POLICY)
+    life.start()
+    if before != "loading":
+        life.ready()
+    if before == "restarting":
+        life.died(0.0, "")
+    fail, kill = life.halt("no such architecture")
+    assert fail.message.endswith("no such architecture")
+    assert kill == Kill(stacks=False)
+    assert life.died(1.0, "exited") == []
+    assert (life.state, life.reason) == (State.HALTED, "no such architecture")
+    assert life.ready() == []
+
+
+def test_a_hung_engine_is_killed_with_its_stacks():
+    life = ready_life()
+    assert life.hung() == [Kill(stacks=True)]
+    life.died(0.0, "")
+    life.ready()
+    life.died(0.0, "")
+    assert life.hung() == []
+
+
+def test_stop_asks_then_kills():
+    life = ready_life()
+    assert life.stop(10.0) == [AskExit(), WaitUntil(15.0)]
+    assert life.state is State.STOPPING
+    assert life.tick(14.9) == []
+    assert life.tick(15.0) == [Kill(stacks=False)]
+    assert life.died(15.1, "") == [Stopped()]
+
+
+def test_stop_between_two_engines_starts_none():
+    life = ready_life()
+    life.died(0.0, "")
+    (wait,) = life.died(0.0, "")
+    assert life.stop(0.0) == [Stopped()]
+    assert life.tick(wait.at) == []
+
+
+# Sequences
+
+ENDS = ("cancel", "text stop", "eos", "length", "death")
+
+
+def orders():
+    """Every order of every selection of the five, with rows between all of them."""
+    for size in range(1, len(ENDS) + 1):
+        yield from itertools.permutations(ENDS, size)
+
+
+@pytest.mark.parametrize("engine_knows", [True, False])
+def test_whatever_the_order_the_api_hears_one_end(engine_knows):
+    for order in orders():
+        life, knows, heard, asked = SequenceLife(), engine_knows, 0, 0
+        for event in order:
+            if event in ("cancel", "text stop"):
+                told = life.end(knows)
+                asked += told and knows
+                heard += told
+            elif event == "death":
+                again = life.engine_died()
+                assert again == (heard == 0), order
+                assert life.state is not SequenceState.ENDING, order
+                knows = False
+            else:
+                heard += life.ended()
+            assert life.is_open == (heard == 0), order
+        assert heard == (0 if order == ("death",) else 1), order
+        assert asked <= 1, order
+
+
+def test_the_engines_word_after_a_cut_closes_the_sequence_silently():
+    life = SequenceLife()
+    assert life.end(engine_knows=True)
+    assert life.state is SequenceState.ENDING
+    assert not life.ended()
+    assert life.state is SequenceState.ENDED
+
+
+def test_an_end_that_the_engine_need_not_hear_ends_at_once():
+    life = SequenceLife()
+    assert life.end(engine_knows=False)
+    assert life.state is SequenceState.ENDED
+
+
+# The watch
+
+LIMITS = HangLimits(floor=30, slack=10, loading=120, interval=1)
+
+
+def view(beats=0, phase=Phase.DECODE, predicted=0.0):
+    return View(1, 0, beats, phase, predicted, ())
+
+
+def still(watch, start, end, **fields):
+    """Looks each second; the first time at which it is hung."""
+    for now in range(start, end):
+        if watch.hung(float(now), view(**fields), fields.get("busy", True)) is not None:
+            return now
+    return None
+
+
+def test_no_progress_for_the_floor_is_a_hang():
+    assert still(Watch(LIMITS, 0.0), 1, 200) == 32
+
+
+def test_a_step_predicted_long_is_given_ten_times_that():
+    assert still(Watch(LIMITS, 0.0), 1, 300, predicted=15.0) == 152
+
+
+@pytest.mark.parametrize("phase", [Phase.LOADING, Phase.PROBE, Phase.FIRST_OF_SHAPE])
+def test_loading_and_first_shapes_are_given_longer(phase):
+    assert still(Watch(LIMITS, 0.0), 1, 300, phase=phase) == 122
+
+
+def test_any_counter_that_moves_is_progress():
+    watch = Watch(LIMITS, 0.0)
+    assert all(watch.hung(float(now), view(beats=now // 29), True) is None for now in range(1, 300))
+
+
+def test_an_idle_engine_is_never_hung_and_the_clock_starts_with_work():
+    watch = Watch(LIMITS, 0.0)
+    assert all(watch.hung(float(now), view(), False) is None for now in range(1, 100))
+    assert still(watch, 100, 200) == 130
+
+
+def test_a_front_that_was_asleep_does_not_judge():
+    watch = Watch(LIMITS, 0.0)
+    assert still(watch, 1, 30) is None
+    assert watch.hung(60.0, view(), True) is None
+    assert still(watch, 61, 200) == 91
