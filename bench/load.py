@@ -1,19 +1,22 @@
 """The load generator, in a process of its own: sends requests, stamps each piece of the answers' bytes.
 
 Owns nothing but sockets: while answers flow it only appends (time, bytes); HTTP chunks and events are taken
-apart after the last byte. stdin: {"host", "port", "requests": [{"path", "body", "delay"}]}; stdout: one
-answer per request, in order. Times are `time.monotonic()`, which all processes of a machine share.
+apart after the last byte. stdin: {"host", "port", "requests": [{"path", "body", "late"}]}, a late
+request being sent when the first one's answer has begun; stdout: one answer per request, in order. Times are
+`time.monotonic()`, which all processes of a machine share.
 """
 
 from __future__ import annotations
 
 import asyncio
 import json
+import re
 import sys
 import time
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+_SAID = re.compile(rb'"(?:content|text)": ?"[^"]')
 CHARS_PER_ID = 3
 """Every id of bench.models' vocabulary is a space and two letters (the first answer may lack its space)."""
 
@@ -38,6 +41,7 @@ class _Stream(asyncio.Protocol):
         self.pieces: list[tuple[float, bytes]] = []
         self.sent = 0.0
         self.transport: asyncio.BaseTransport | None = None
+        self.talking = asyncio.Event()
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self.transport = transport
@@ -46,6 +50,8 @@ class _Stream(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         self.pieces.append((time.monotonic(), data))
+        if not self.talking.is_set() and _SAID.search(data):
+            self.talking.set()
         if data.endswith((b"data: [DONE]\n\n", b"0\r\n\r\n")):
             self.transport.close()  # type: ignore[union-attr]
 
@@ -128,11 +134,13 @@ def digest(sent: float, pieces: list[tuple[float, bytes]]) -> Answer:
 
 
 async def run(spec: dict[str, Any]) -> list[Answer]:
-    """Sends every request of the spec after its delay, and waits for all answers."""
+    """Sends every request of the spec, the late ones once the first answers, and waits for all answers."""
     loop = asyncio.get_running_loop()
+    first: asyncio.Future[_Stream] = loop.create_future()
 
     async def one(request: dict[str, Any]) -> _Stream:
-        await asyncio.sleep(request.get("delay", 0.0))
+        if request.get("late"):
+            await (await first).talking.wait()
         body = json.dumps(request["body"]).encode()
         head = (
             f"POST {request['path']} HTTP/1.1\r\nHost: {spec['host']}:{spec['port']}\r\nConnection: close\r\n"
@@ -142,7 +150,10 @@ async def run(spec: dict[str, Any]) -> list[Answer]:
         _, stream = await loop.create_connection(
             lambda: _Stream(head.encode() + body, done), spec["host"], spec["port"]
         )
+        if not first.done():
+            first.set_result(stream)
         await done
+        stream.talking.set()
         return stream
 
     streams = await asyncio.gather(*map(one, spec["requests"]))

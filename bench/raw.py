@@ -14,6 +14,9 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+CHUNK = 2048
+"""Ids of a prefill chunk, both loops': mlx-lm's default."""
+
 
 def run_mlx_lm(model_dir: Path, prompts: list[list[int]], max_tokens: list[int]) -> list[list[float]]:
     """mlx-lm's dense batch, with its server's default sizes; rows of one length are prefilled together, each
@@ -52,16 +55,17 @@ def run_mlx_lm(model_dir: Path, prompts: list[list[int]], max_tokens: list[int])
 def run_penstock(model_dir: Path, prompts: list[list[int]], max_tokens: list[int]) -> list[list[float]]:
     """Our rows without scheduler, front or sockets: greedy, all rows admitted at once."""
     import mlx.core as mx
+
     from penstock.engine.batch import Runner
     from penstock.engine.loader import load
 
-    runner = Runner(load(model_dir))
+    runner = Runner(load(model_dir).model)
 
     def batch(some: list[list[int]], limits: list[int]) -> list[list[float]]:
         rows = [runner.open(len(ids) + n) for ids, n in zip(some, limits, strict=True)]
         for row, ids in zip(rows, some, strict=True):
-            for at in range(0, len(ids) - 1, 512):
-                runner.prefill(row, ids[at : min(at + 512, len(ids) - 1)])
+            for at in range(0, len(ids) - 1, CHUNK):
+                mx.eval(runner.prefill(row, ids[at : min(at + CHUNK, len(ids) - 1)]))
         arrivals: list[list[float]] = [[] for _ in rows]
         live = list(range(len(rows)))
         ids = mx.argmax(runner.decode(rows, mx.array([p[-1] for p in some])), axis=-1)

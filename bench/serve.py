@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
@@ -32,29 +33,42 @@ Results = dict[str, dict[str, list[report.Figures]]]
 
 @dataclass(frozen=True)
 class Case:
-    """A batch: prompt and answer ids of each row. Rows of another length than row 0 are sent 50 ms later."""
+    """A batch: prompt and answer ids of each row. Rows of another length than row 0 come once that answers,
+    or with `at_once` together with it. Raw loops are measured in the first `raw_rounds` rounds only."""
 
     name: str
     prompts: tuple[int, ...]
     answers: tuple[int, ...]
+    rounds: int
+    raw_rounds: int = 0
+    at_once: bool = False
 
 
-def equal(rows: int, length: int, answer: int) -> Case:
+def equal(rows: int, length: int, answer: int, rounds: int) -> Case:
     """Rows of one length."""
-    return Case(f"{rows} × {length}", (length,) * rows, (answer,) * rows)
+    return Case(f"{rows} × {length}", (length,) * rows, (answer,) * rows, rounds, rounds)
 
 
-def skewed(long: int, rows: int, short: int, answer: int) -> Case:
-    """One long row beside short ones, which answer longer, so that all decode together for a while."""
-    return Case(
-        f"{long:,} + {rows} × {short}", (long, *(short,) * rows), (answer, *(answer + answer // 2,) * rows)
-    )
+def skewed(
+    long: int, rows: int, short: int, answer: int, *, rounds: int, raw: int = 0, at_once: bool = False
+) -> Case:
+    """One long row beside short ones; at once, these answer longer, so that all decode together a while."""
+    name = f"{long:,} + {rows} × {short}" + (", at once" if at_once else "")
+    short_answer = 2 * answer if at_once else answer
+    return Case(name, (long, *(short,) * rows), (answer, *(short_answer,) * rows), rounds, raw, at_once)
 
 
-SUITES: dict[str, tuple[int, list[Case]]] = {
-    "smoke": (1, [equal(4, 64, 48), skewed(1000, 3, 50, 24)]),
-    "full": (3, [equal(8, 512, 96), skewed(8000, 7, 100, 48)]),
-    "gpu": (2, [equal(8, 512, 256), skewed(8000, 7, 100, 192), equal(1, 512, 256), equal(32, 512, 128)]),
+SUITES: dict[str, list[Case]] = {
+    "smoke": [equal(4, 64, 32, 1), skewed(1000, 3, 50, 40, rounds=1)],
+    "full": [equal(8, 512, 96, 3), skewed(8000, 7, 100, 32, rounds=2)],
+    "queue": [skewed(4000, 7, 100, 32, rounds=2, at_once=True)],
+    "gpu": [
+        equal(8, 512, 256, 2),
+        skewed(8000, 7, 100, 192, rounds=2, raw=1),
+        skewed(8000, 7, 100, 128, rounds=2, at_once=True),
+        equal(1, 512, 256, 1),
+        equal(32, 512, 128, 1),
+    ],
 }
 
 
@@ -63,7 +77,7 @@ def requests(case: Case, seed: int) -> list[dict[str, Any]]:
     return [
         {
             "path": "/v1/chat/completions",
-            "delay": 0.0 if length == case.prompts[0] else 0.05,
+            "late": length != case.prompts[0] and not case.at_once,
             "body": {
                 "model": "default_model",
                 "messages": [{"role": "user", "content": prompt_text(length, seed * 1000 + row)}],
@@ -83,7 +97,7 @@ def measure(system: str, model: Path, case: Case, seed: int, *, log: Path, gpu: 
         return measure_raw(system.removeprefix("raw "), model, case, seed, gpu=gpu)
     with procs.Server(system, model, log, gpu=gpu) as server:
         server.wait_ready()
-        warm = Case("warm-up", (48,) * len(case.prompts), (6,) * len(case.prompts))
+        warm = equal(len(case.prompts), 48, 6, 1)
         check(warm, procs.send_load(server.port, requests(warm, seed + 500)), system)
         time.sleep(0.5)
         idle = procs.resident(server.pids())
@@ -149,13 +163,15 @@ def measure_raw(loop: str, model: Path, case: Case, seed: int, *, gpu: bool) -> 
 
 def run(args: argparse.Namespace, models: dict[str, Path], log: Path) -> Results:
     """All rounds. A system that fails is reported and left out of that round; the others go on."""
-    rounds, cases = SUITES[args.suite]
     results: Results = {}
     for shape, model in models.items():
-        for case in cases:
-            found = results[f"{shape}, {case.name}"] = {system: [] for system in args.systems}
-            for turn in range(args.rounds or rounds):
-                for system in args.systems if turn % 2 == 0 else args.systems[::-1]:
+        for case in SUITES[args.suite]:
+            measured = [s for s in args.systems if case.raw_rounds or not s.startswith("raw ")]
+            found = results[f"{shape}, {case.name}"] = {system: [] for system in measured}
+            for turn in range(args.rounds or case.rounds):
+                for system in measured if turn % 2 == 0 else measured[::-1]:
+                    if system.startswith("raw ") and turn >= case.raw_rounds:
+                        continue
                     began = time.monotonic()
                     try:
                         figures = measure(system, model, case, turn + 1, log=log, gpu=args.gpu)
@@ -210,6 +226,7 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     about = machine()
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
         models = {args.model_dir.name: args.model_dir} if args.model_dir else {}
@@ -219,7 +236,7 @@ def main() -> int:
             subprocess.run(writer, check=True, env=procs.environment(gpu=args.gpu))
         results = run(args, models, Path(scratch) / "servers.log")
     if args.out:
-        cases = {case.name: asdict(case) for case in SUITES[args.suite][1]}
+        cases = {case.name: asdict(case) for case in SUITES[args.suite]}
         args.out.write_text(json.dumps({"machine": about, "cases": cases, "results": results}, indent=1))
     print(report.table(results, BASE))
     return 0 if all(rounds for systems in results.values() for rounds in systems.values()) else 1
