@@ -10,57 +10,14 @@ Invariant: a row's logits depend on its own settings and ids only. Ids outside t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import mlx.core as mx
 
 from penstock.wire import Sampling
 
-Change = Callable[[mx.array, mx.array], mx.array]
-
-
-class Penalty:
-    """One kind of penalty, for the rows that have it. A context size of 0 is all of it, as in mlx-lm."""
-
-    def __init__(self, rows: Sequence[tuple[int, int, float]], batch: int, kind: str) -> None:
-        """`rows`: (row, context size, strength). `kind`: 'repetition', 'presence' or 'frequency'."""
-        self._kind, self._sizes = kind, [(row, size) for row, size, _ in rows]
-        strengths = [0.0] * batch
-        for row, _, strength in rows:
-            strengths[row] = strength
-        self._strength = mx.array(strengths)
-        self._rows = mx.array([row for row, _, _ in rows], dtype=mx.uint32)
-
-    def apply(self, logits: mx.array, history: Sequence[Sequence[int]], inputs: mx.array) -> mx.array:
-        """`logits` (B, V) with this penalty; `history[row]` are the ids before `inputs[row]`."""
-        rows, ids = self._pairs(history, inputs)
-        strength = self._strength[rows]
-        if self._kind == "frequency":
-            return logits.at[rows, ids].subtract(strength)
-        # Pairs that occur twice write the same value twice: once per id, as these two are meant.
-        chosen = logits[rows, ids]
-        if self._kind == "repetition":
-            logits[rows, ids] = mx.where(chosen < 0, chosen * strength, chosen / strength)
-        else:
-            logits[rows, ids] = chosen - strength
-        return logits
-
-    def _pairs(self, history: Sequence[Sequence[int]], inputs: mx.array) -> tuple[mx.array, mx.array]:
-        ids, rows = array("I"), array("I")
-        for row, size in self._sizes:
-            past = history[row]
-            tail = past[max(0, len(past) - size + 1) :] if size else past
-            ids.extend(tail)
-            rows.extend(array("I", (row,)) * len(tail))
-        newest = inputs[self._rows].astype(mx.uint32)
-        if not ids:
-            return self._rows, newest
-        return mx.concatenate([_indices(rows), self._rows]), mx.concatenate([_indices(ids), newest])
-
-
-def _indices(ids: array[int]) -> mx.array:
-    # MLX reads the buffer at once (the stubs leave that out); a list would cost 250 ns an id.
-    return mx.array(ids)  # type: ignore[arg-type]
+_Contexts = tuple[tuple[int, int], ...]
+"""(row, context size) of the rows that have a penalty. A size of 0 is the whole context, as in mlx-lm."""
 
 
 class Processors:
@@ -68,18 +25,16 @@ class Processors:
 
     def __init__(self, rows: Sequence[Sampling], vocab_size: int) -> None:
         self._vocab_size = vocab_size
-        pairs = [(row, id, bias) for row, r in enumerate(rows) for id, bias in r.logit_bias.items()]
-        pairs = [(row, id, bias) for row, id, bias in pairs if 0 <= id < vocab_size]
-        self._bias = [mx.array(column) for column in zip(*pairs, strict=True)]
-        self._penalties: list[Penalty] = []
-        for kind, neutral in (("repetition", (0.0, 1.0)), ("presence", (0.0,)), ("frequency", (0.0,))):
-            asked = [
-                (row, getattr(r, f"{kind}_context_size"), getattr(r, f"{kind}_penalty"))
-                for row, r in enumerate(rows)
-                if getattr(r, f"{kind}_penalty") not in neutral
-            ]
-            if asked:
-                self._penalties.append(Penalty(asked, len(rows), kind))
+        biases = [(row, id, bias) for row, r in enumerate(rows) for id, bias in r.logit_bias.items()]
+        biases = [(row, id, bias) for row, id, bias in biases if 0 <= id < vocab_size]
+        self._bias = [mx.array(column) for column in zip(*biases, strict=True)]
+        self._penalties: list[tuple[str, _Contexts, mx.array]] = []
+        for kind, neutral in (("repetition", (0, 1)), ("presence", (0,)), ("frequency", (0,))):
+            strengths = [getattr(r, f"{kind}_penalty") for r in rows]
+            sizes = [getattr(r, f"{kind}_context_size") for r in rows]
+            contexts = tuple((i, size) for i, size in enumerate(sizes) if strengths[i] not in neutral)
+            if contexts:
+                self._penalties.append((kind, contexts, mx.array(strengths, dtype=mx.float32)))
 
     def __bool__(self) -> bool:
         return bool(self._bias or self._penalties)
@@ -96,11 +51,47 @@ class Processors:
         if self._bias:
             rows, ids, values = self._bias
             logits = logits.at[rows, ids].add(values)
-        for penalty in self._penalties:
-            logits = penalty.apply(logits, history, inputs)
+        pairs: dict[_Contexts, tuple[mx.array, mx.array]] = {}
+        for kind, contexts, strengths in self._penalties:
+            if contexts not in pairs:
+                pairs[contexts] = _pairs(contexts, history, inputs)
+            logits = _penalised(logits, kind, *pairs[contexts], strengths)
         if excluded is not None:
-            pairs = [(r, i) for r, ids in enumerate(excluded) for i in ids if 0 <= i < self._vocab_size]
-            if pairs:
-                row, id = mx.array(pairs).T
-                logits[row, id] = -mx.inf
+            forbidden = [(r, i) for r, ids in enumerate(excluded) for i in ids if 0 <= i < self._vocab_size]
+            if forbidden:
+                rows, ids = mx.array(forbidden).T
+                logits[rows, ids] = -mx.inf
         return logits
+
+
+def _penalised(logits: mx.array, kind: str, rows: mx.array, ids: mx.array, strengths: mx.array) -> mx.array:
+    strength = strengths[rows]
+    if kind == "frequency":
+        return logits.at[rows, ids].subtract(strength)
+    # Pairs that occur twice write the same value twice: these two count an id once.
+    chosen = logits[rows, ids]
+    if kind == "repetition":
+        logits[rows, ids] = mx.where(chosen < 0, chosen * strength, chosen / strength)
+    else:
+        logits[rows, ids] = chosen - strength
+    return logits
+
+
+def _pairs(
+    contexts: _Contexts, history: Sequence[Sequence[int]], inputs: mx.array
+) -> tuple[mx.array, mx.array]:
+    """The rows and the ids of all contexts, one after the other; an id that occurs twice is there twice."""
+    ids, rows = array("I"), array("I")
+    for row, size in contexts:
+        past = history[row]
+        tail = past[max(0, len(past) - size + 1) :] if size else past
+        ids.extend(tail)
+        rows.extend(array("I", (row,)) * len(tail))
+    members = mx.array([row for row, _ in contexts], dtype=mx.uint32)
+    newest = inputs[members].astype(mx.uint32)
+    return mx.concatenate([_indices(rows), members]), mx.concatenate([_indices(ids), newest])
+
+
+def _indices(ids: array[int]) -> mx.array:
+    # MLX reads the buffer at once (the stubs leave that out); a list would cost 250 ns an id.
+    return mx.array(ids, dtype=mx.uint32)  # type: ignore[arg-type]

@@ -54,28 +54,24 @@ class _Group:
         if any(r.min_p > 0 for r in rows):
             self.log_min_p = _column([math.log(r.min_p) if r.min_p > 0 else -_OFF for r in rows])
         counts = [r.top_k if 0 < r.top_k < vocab_size else vocab_size for r in rows]
-        self.top_k = _column(counts).astype(mx.int32)
+        self.top_k = mx.array([[count] for count in counts])
         self.cuts = min(counts) < vocab_size
         # A subnormal temperature has no float32 inverse; 1e30 leaves the likeliest ids and no NaN.
         self.inverse_t = _column([1 / max(r.temperature, 1e-30) for r in rows])
         self.xtc = any(r.xtc_probability > 0 for r in rows)
 
-    def uniforms(self, positions: Sequence[int], purpose: str) -> mx.array:
-        """(R, 1): one number a row; `positions` are those of the whole batch."""
-        return _column([draws.uniform(r.seed, r.choice, positions[i], purpose) for i, r in self.keys])
+    def numbers(self, positions: Sequence[int], purpose: str) -> list[float]:
+        """One draw a row; `positions` are those of the whole batch."""
+        return [draws.uniform(r.seed, r.choice, positions[i], purpose) for i, r in self.keys]
 
     def xtc_thresholds(self, positions: Sequence[int]) -> list[float]:
         """Each row's threshold where XTC acts at this position, infinity where it doesn't."""
-        return [
-            r.xtc_threshold
-            if draws.uniform(r.seed, r.choice, positions[i], draws.XTC) < r.xtc_probability
-            else _OFF
-            for i, r in self.keys
-        ]
+        draw = zip(self.keys, self.numbers(positions, draws.XTC), strict=True)
+        return [r.xtc_threshold if number < r.xtc_probability else _OFF for (_, r), number in draw]
 
 
 def _column(values: list[float] | list[int]) -> mx.array:
-    return mx.array(values, dtype=mx.float32)[:, None]
+    return mx.array([[value] for value in values], dtype=mx.float32)
 
 
 class SamplingBatch:
@@ -132,15 +128,19 @@ def sample(
             parts.append(mx.argmax(own, axis=-1))
         elif group.path == "narrow":
             ids = top_ids[:, :NARROW] if batch.restore is None else top_ids[group.index, :NARROW]
-            parts.append(_narrow(own, ids, group, positions))
+            at = _pick(_narrow_weights(own, ids, group), group.numbers(positions, draws.TOKEN))
+            parts.append(_at(ids, at))
         else:
-            parts.append(_wide(own.astype(mx.float32), group, positions, batch.spared))
+            weights = _in_blocks(_weights(own.astype(mx.float32), group, positions, batch.spared), 0)
+            block = _pick(weights.sum(axis=-1), group.numbers(positions, draws.TOKEN))
+            inside = mx.take_along_axis(weights, mx.expand_dims(block, (1, 2)), axis=1).squeeze(1)
+            parts.append(block * _BLOCK + _pick(inside, group.numbers(positions, draws.WITHIN)))
     tokens = parts[0] if batch.restore is None else mx.concatenate(parts)[batch.restore]
     chosen, top = None, None
     if batch.logprobs:
         x = x.astype(mx.float32)
         total = mx.logsumexp(x, axis=-1, keepdims=True)
-        chosen = (mx.take_along_axis(x, tokens[:, None], axis=-1) - total)[:, 0]
+        chosen = _at(x, tokens) - total.squeeze(-1)
         if batch.top:
             top_ids = top_ids[:, : batch.top]
             top = mx.take_along_axis(x, top_ids, axis=-1) - total
@@ -162,6 +162,11 @@ def _top_ids(x: mx.array, k: int) -> mx.array:
     return mx.take_along_axis(best, at // _BLOCK, axis=-1) * _BLOCK + at % _BLOCK
 
 
+def _at(x: mx.array, columns: mx.array) -> mx.array:
+    """(R,) of `x` (R, N): in each row what stands in its column."""
+    return mx.take_along_axis(x, mx.expand_dims(columns, -1), axis=-1).squeeze(-1)
+
+
 def _in_blocks(x: mx.array, fill: float) -> mx.array:
     """`x` (R, V) as (R, blocks, 128), the last block filled up."""
     rows, width = x.shape
@@ -170,8 +175,8 @@ def _in_blocks(x: mx.array, fill: float) -> mx.array:
     return x.reshape(rows, -1, _BLOCK)
 
 
-def _narrow(x: mx.array, ids: mx.array, group: _Group, positions: Sequence[int]) -> mx.array:
-    """Draws among `ids` (R, K), the top ids of `x` (R, V) in falling order."""
+def _narrow_weights(x: mx.array, ids: mx.array, group: _Group) -> mx.array:
+    """(R, K) weights to draw by of `ids` (R, K), the top ids of `x` (R, V) in falling order."""
     values = mx.take_along_axis(x, ids, axis=-1).astype(mx.float32)
     below = values - values[:, :1]
     keep = mx.arange(ids.shape[1])[None] < group.top_k
@@ -183,13 +188,11 @@ def _narrow(x: mx.array, ids: mx.array, group: _Group, positions: Sequence[int])
         keep &= below >= last
     if group.log_min_p is not None:
         keep &= below >= group.log_min_p
-    weights = mx.where(keep, mx.exp(below * group.inverse_t), 0)
-    at = _pick(weights, group.uniforms(positions, draws.TOKEN))
-    return mx.take_along_axis(ids, at[:, None], axis=-1)[:, 0]
+    return mx.where(keep, mx.exp(below * group.inverse_t), 0)
 
 
-def _wide(x: mx.array, group: _Group, positions: Sequence[int], spared: list[int]) -> mx.array:
-    """Draws among all ids: filters put -inf into `x` (R, V), in mlx-lm's order."""
+def _weights(x: mx.array, group: _Group, positions: Sequence[int], spared: list[int]) -> mx.array:
+    """(R, V) weights to draw by: filters put -inf into `x` (R, V) float32, in mlx-lm's order."""
     largest = x.max(axis=-1, keepdims=True)
     if group.top_p is not None:
         x = mx.where(_outside_nucleus(x, group.top_p), -mx.inf, x)
@@ -205,10 +208,7 @@ def _wide(x: mx.array, group: _Group, positions: Sequence[int], spared: list[int
         largest = x.max(axis=-1, keepdims=True)
     if group.cuts:
         x = _keep_top_k(x, group.top_k)
-    weights = _in_blocks(mx.exp((x - largest) * group.inverse_t), 0)
-    block = _pick(weights.sum(axis=-1), group.uniforms(positions, draws.TOKEN))
-    inside = mx.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
-    return block * _BLOCK + _pick(inside, group.uniforms(positions, draws.WITHIN))
+    return mx.exp((x - largest) * group.inverse_t)
 
 
 def _outside_nucleus(x: mx.array, top_p: mx.array) -> mx.array:
@@ -229,12 +229,12 @@ def _keep_top_k(x: mx.array, top_k: mx.array) -> mx.array:
     return mx.where(above | (equal & (mx.cumsum(equal.astype(mx.int32), axis=-1) <= room)), x, -mx.inf)
 
 
-def _pick(weights: mx.array, uniform: mx.array) -> mx.array:
-    """(R,) the place where the running sum of `weights` (R, N) passes `uniform` (R, 1) of the whole.
+def _pick(weights: mx.array, numbers: list[float]) -> mx.array:
+    """(R,) the place where the running sum of `weights` (R, N) passes each row's number times the whole.
 
     Only places of positive weight can be picked, whatever the rounding of the sums: the first of those that
     pass, or, if none should, the first of those.
     """
     running = mx.cumsum(weights, axis=-1)
-    passed = (running > uniform * running[:, -1:]).astype(mx.int32)
+    passed = running > _column(numbers) * running[:, -1:]
     return mx.argmax((weights > 0) * (passed + 1), axis=-1)
