@@ -39,8 +39,8 @@ EOS_ID, BOS_ID = 256, 257
 CONTEXT = 4096
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
-    "{% if m.tool_calls %}{% for tool_call in m.tool_calls %}<tool_call>{{ tool_call.name }}</tool_call>{% endfor %}"
-    "{% endif %}<|im_end|>\n{% endfor %}{% if tools %}[{{ tools | length }} tools]{% endif %}"
+    "{% for tool_call in m.tool_calls or [] %}<tool_call>{{ tool_call.name }}</tool_call>{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if tools %}[{{ tools | length }} tools]{% endif %}"
     "<|im_start|>assistant\n{% if thinking %}<think>\n{% endif %}"
 )
 
@@ -253,7 +253,7 @@ class Server:
         self.pool.shutdown()
 
     def client(self, **options: Any) -> httpx.Client:
-        return httpx.Client(base_url=self.url, timeout=10, **options)
+        return httpx.Client(base_url=self.url, timeout=10, verify=False, trust_env=False, **options)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ the log and none for the client.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.routing import Route, Router
@@ -23,6 +22,7 @@ from penstock.config import Options
 from penstock.errors import Kind, PenstockError
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
+MAX_HEADERS = 32_768
 QUIET = ("/health", "/", "/v1/models", "/models")
 """Probes, logged at DEBUG only."""
 
@@ -93,6 +93,8 @@ async def _lifespan(receive: Receive, send: Send) -> None:
 
 async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
     try:
+        if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) > MAX_HEADERS:
+            raise PenstockError(Kind.HEADERS_TOO_LARGE, f"Headers are limited to {MAX_HEADERS:,} bytes.")
         gate.admit(exchange)
         if exchange.method == "OPTIONS":
             await exchange.respond(204, b"", headers=gate.preflight_headers(exchange))
@@ -110,7 +112,3 @@ async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
             where = f" ({failure.param})" if failure.param else ""
             log.repeated(failure.kind.label, f"refused a request: {failure.kind.label}{where}")
         await exchange.respond_error(failure)
-    except asyncio.CancelledError:
-        if not exchange.started:
-            await exchange.respond_error(PenstockError(Kind.SHUTTING_DOWN, "The server is shutting down."))
-        raise

@@ -70,7 +70,7 @@ async def prepare(service: Service, request: CompletionRequest) -> Plan:
                 max_tokens=params.most_tokens(request, service.defaults.get("max_tokens"), context),
                 min_tokens=min(request.min_tokens or 0, context),
                 ignore_eos=bool(request.ignore_eos),
-                seed=params.seed(request),
+                seed=request.seed,
             )
         )
     assembler = partial(Assembler, text.tokenizer, stops=params.stops(request), continues=True)

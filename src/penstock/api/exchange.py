@@ -22,7 +22,7 @@ JSON = b"application/json"
 
 
 class ClientGone(Exception):
-    """The client has left, or doesn't read any more; nobody is there to be told anything."""
+    """The client has left; nobody is there to be told anything."""
 
 
 class Exchange:
@@ -40,7 +40,7 @@ class Exchange:
         self.extra: list[Header] = [(b"x-request-id", self.id.encode())]
         self.receive = receive
         self.send = send
-        self._gone: str | None = None
+        self._gone = False
         self._owner: asyncio.Task[Any] | None = None
 
     def header(self, name: bytes) -> bytes:
@@ -55,7 +55,7 @@ class Exchange:
         """The next part of the body and whether more comes. Raises ClientGone."""
         message = await self.receive()
         if message["type"] != "http.request":
-            raise ClientGone("while sending")
+            raise ClientGone
         return message.get("body", b""), message.get("more_body", False)
 
     @contextmanager
@@ -66,11 +66,11 @@ class Exchange:
         try:
             yield
         except asyncio.CancelledError:
-            if self._gone is None:
+            if not self._gone:
                 raise
             assert self._owner is not None
             self._owner.uncancel()
-            raise ClientGone(self._gone) from None
+            raise ClientGone from None
         finally:
             watcher.cancel()
             self._owner = None
@@ -78,13 +78,15 @@ class Exchange:
     async def _watch(self) -> None:
         while (await self.receive())["type"] != "http.disconnect":
             pass
-        self.abandon("client gone")
-
-    def abandon(self, why: str) -> None:
-        """End the handler: there is nobody to answer."""
-        if self._owner is not None and self._gone is None and not self.complete:
-            self._gone = why
+        if self._owner is not None and not self.complete:
+            self._gone = True
             self._owner.cancel()
+
+    def cut(self) -> None:
+        """Drop a connection whose client doesn't read. ASGI has no word for it, and closing waits."""
+        transport = getattr(getattr(self.send, "__self__", None), "transport", None)
+        if transport is not None:
+            transport.abort()
 
     async def respond(
         self, status: int, body: bytes, *, media: bytes = JSON, headers: list[Header] | None = None
@@ -119,15 +121,6 @@ class Exchange:
                 (b"x-accel-buffering", b"no"),
             ],
         )
-
-    async def write(self, data: bytes) -> None:
-        """A part of a stream. Waits while the client doesn't read."""
-        await self.send({"type": "http.response.body", "body": data, "more_body": True})
-
-    async def end(self, data: bytes = b"") -> None:
-        """The last part of a stream."""
-        self.complete = True
-        await self.send({"type": "http.response.body", "body": data})
 
     async def _start(self, status: int, headers: list[Header]) -> None:
         self.started, self.status = True, status

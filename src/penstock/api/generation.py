@@ -17,6 +17,9 @@ from penstock.log import RequestRecord
 from penstock.supervisor.ticket import Event, Finished, Job, Progress, Ticket, Tokens
 from penstock.text.assembler import Assembler, Delta
 
+WAITING = 64
+"""Pieces of several tickets that wait to be sent; what comes beyond waits, merged, in the tickets."""
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -56,9 +59,8 @@ class Generation:
     plan: Plan
     choices: list[Choice] = field(default_factory=list)
     tickets: list[Ticket] = field(default_factory=list)
-    began: float = field(default_factory=time.monotonic)
     _pumps: list[asyncio.Task[None]] = field(default_factory=list)
-    _queue: asyncio.Queue[tuple[int, Event | Exception | None]] | None = None
+    _queue: asyncio.Queue[Piece | Progress | Exception] | None = None
     _open: int = 0
 
     def open(self) -> None:
@@ -69,30 +71,37 @@ class Generation:
             self.choices += [Choice(self.plan.assembler(), prompt) for _ in range(job.n)]
         self._open = len(self.choices)
         if len(self.tickets) > 1:
-            self._queue = asyncio.Queue()
-            self._pumps = [asyncio.create_task(self._pump(at)) for at in range(len(self.tickets))]
+            queue = self._queue = asyncio.Queue(WAITING)
+            self._pumps = [asyncio.create_task(self._pump(at, queue)) for at in range(len(self.tickets))]
 
     async def next(self) -> Piece | Progress | None:
         """The next thing to tell the client, or None when all choices have ended. Raises PenstockError."""
         while self._open:
             if self._queue is None:
-                ticket, offset = self.tickets[0], 0
-                event: Event | Exception | None = await ticket.next(None)
+                piece = self._take(0, await self.tickets[0].next())
+                if piece is None:
+                    continue
             else:
-                at, event = await self._queue.get()
-                if isinstance(event, Exception):
-                    raise event
-                offset, ticket = at * self.plan.jobs[0].n, self.tickets[at]
-            if type(event) is Tokens:
-                piece = self._feed(offset, ticket, event)
-                if piece is not None:
-                    return piece
-            elif type(event) is Finished:
-                choice = self.choices[offset + event.choice]
-                if choice.finish_reason is None:
-                    return self._finish(offset + event.choice, choice, [], event.reason)
-            elif type(event) is Progress:
-                return event
+                got = await self._queue.get()
+                if isinstance(got, Exception):
+                    raise got
+                piece = got
+            if type(piece) is Piece and piece.finish_reason is not None:
+                self._open -= 1
+            return piece
+        return None
+
+    def _take(self, at: int, event: Event | None) -> Piece | Progress | None:
+        """What an event of ticket `at` is to the client."""
+        offset = at * self.plan.jobs[0].n
+        if type(event) is Tokens:
+            return self._feed(offset, self.tickets[at], event)
+        if type(event) is Progress:
+            return event
+        if type(event) is Finished:
+            choice = self.choices[offset + event.choice]
+            if choice.finish_reason is None:
+                return self._finish(offset + event.choice, choice, [], event.reason)
         return None
 
     def _feed(self, offset: int, ticket: Ticket, event: Tokens) -> Piece | None:
@@ -113,19 +122,19 @@ class Generation:
 
     def _finish(self, index: int, choice: Choice, deltas: list[Delta], reason: str) -> Piece:
         rest, choice.finish_reason = choice.assembler.finish(reason)
-        self._open -= 1
         return Piece(index, [*deltas, rest], choice.finish_reason)
 
-    async def _pump(self, at: int) -> None:
-        assert self._queue is not None
+    async def _pump(self, at: int, queue: asyncio.Queue[Piece | Progress | Exception]) -> None:
         left = self.plan.jobs[at].n
         try:
             while left:
-                event = await self.tickets[at].next(None)
+                event = await self.tickets[at].next()
                 left -= type(event) is Finished
-                self._queue.put_nowait((at, event))
+                piece = self._take(at, event)
+                if piece is not None:
+                    await queue.put(piece)
         except Exception as error:
-            self._queue.put_nowait((at, error))
+            await queue.put(error)
 
     def close(self) -> None:
         """End whatever is still open. Idempotent."""

@@ -60,6 +60,11 @@ def _refuse_chat(request: ChatRequest) -> None:
         raise _unsupported("function_call", "use tools instead.")
     if request.modalities not in (None, [], ["text"]):
         raise _unsupported("modalities", "only ['text'] is supported.")
+    for at, message in enumerate(request.messages):
+        for part_at, part in enumerate(message.content if isinstance(message.content, list) else ()):
+            if part.type not in ("text", "input_text", "output_text", "refusal"):
+                path = f"messages[{at}].content[{part_at}]"
+                raise _unsupported(path, f"parts of type {part.type[:40]!r} are not supported; only text is.")
 
 
 def check_model(model: str | None, served: Sequence[str], strict: bool) -> None:
@@ -114,13 +119,6 @@ def sampling(request: Sampled, defaults: Mapping[str, float], vocab_size: int, c
         logit_bias=_logit_bias(request.logit_bias or {}, vocab_size),
         logprobs=_logprobs(request),
     )
-
-
-def seed(request: Sampled) -> int | None:
-    """The client's seed; None leaves the drawing of one to the backend. Raises INVALID_FIELD."""
-    if request.seed is not None and not -(2**63) <= request.seed < 2**64:
-        raise invalid("seed", "must be an integer of 64 bits.")
-    return request.seed
 
 
 def _logprobs(request: Sampled) -> int | None:

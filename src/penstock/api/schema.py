@@ -18,7 +18,9 @@ MAX_STOP_LENGTH = 4096
 MAX_TOP_LOGPROBS = 20
 
 Share = Annotated[float, Meta(ge=0, le=1)]
-Count = Annotated[int, Meta(ge=0)]
+LARGEST = 2**63 - 1
+Count = Annotated[int, Meta(ge=0, le=LARGEST)]
+Some = Annotated[int, Meta(ge=1, le=LARGEST)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -34,16 +36,16 @@ class Sampled(Struct, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
-    max_tokens: Annotated[int, Meta(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    max_tokens: Some | None = None
+    max_completion_tokens: Some | None = None
     min_tokens: Count | None = None
     ignore_eos: bool | None = None
     n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
-    seed: int | None = None
+    seed: Annotated[int, Meta(ge=-LARGEST, le=LARGEST)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Meta(ge=-1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=LARGEST)] | None = None
     min_p: Share | None = None
     xtc_probability: Share | None = None
     xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | None = None

@@ -39,11 +39,12 @@ class Renderer(Protocol):
 class Silence:
     """Sends a keepalive when nothing was sent for a while; gives up on a client that doesn't read.
 
-    One timer per stream, looked at when it is due: a token costs it two attribute writes.
+    One timer per stream, looked at when it is due, so that a token costs it two attribute writes.
     """
 
     def __init__(self, exchange: Exchange, keepalive: bytes, interval: float, patience: float) -> None:
         self._exchange = exchange
+        self._send = exchange.send
         self._keepalive = keepalive
         self._interval = interval
         self._patience = patience
@@ -53,23 +54,31 @@ class Silence:
         self._task: asyncio.Task[None] | None = None
         self._timer = self._loop.call_later(interval, self._due)
 
-    async def send(self, data: bytes) -> None:
-        """Write, and note when."""
+    async def send(self, data: bytes, more: bool = True) -> None:
+        """A part of the body, or the last. Waits while the client doesn't read."""
         self._sending = True
         self._last = self._loop.time()
-        await self._exchange.write(data)
+        await self._send({"type": "http.response.body", "body": data, "more_body": more})
         self._sending = False
+
+    async def end(self, data: bytes) -> None:
+        """The last part of the body."""
+        self._exchange.complete = True
+        await self.send(data, more=False)
 
     def _due(self) -> None:
         now = self._loop.time()
         quiet = now - self._last
         if self._sending and quiet >= self._patience:
-            self._exchange.abandon("client does not read")
-            return
-        if not self._sending and quiet >= self._interval:
-            self._task = self._loop.create_task(self.send(self._keepalive))
+            self._exchange.cut()
+        elif not self._sending and quiet >= self._interval:
+            self._task = self._loop.create_task(self._still_here())
             quiet = 0.0
         self._timer = self._loop.call_later(max(self._interval - quiet, self._interval / 4), self._due)
+
+    async def _still_here(self) -> None:
+        if not self._exchange.complete:
+            await self.send(self._keepalive)
 
     def stop(self) -> None:
         self._timer.cancel()
@@ -78,7 +87,7 @@ class Silence:
 
 
 async def stream(service: Service, exchange: Exchange, run: Generation, renderer: Renderer) -> None:
-    """Headers and opening at once, then a chunk per event. Raises ClientGone's cancellation only."""
+    """Headers and opening at once, then a chunk per event. Raises Reported after its error event."""
     await exchange.start_stream()
     timing = service.timing
     silence = Silence(exchange, renderer.keepalive, timing.keepalive, timing.stalled_reader)
@@ -94,12 +103,10 @@ async def stream(service: Service, exchange: Exchange, run: Generation, renderer
             if data:
                 await silence.send(data)
         last = renderer.usage(run.usage()) if run.plan.include_usage else b""
-        silence.stop()
-        await exchange.end(last + DONE)
+        await silence.end(last + DONE)
     except Exception as error:
-        silence.stop()
         failure = known(error, exchange.id)
-        await exchange.end(b"data: " + msgspec.json.encode(failure.openai()) + b"\n\n")
+        await silence.end(b"data: " + msgspec.json.encode(failure.openai()) + b"\n\n")
         raise Reported(failure) from error
     finally:
         silence.stop()
