@@ -175,8 +175,9 @@ def cpu_seconds(pid: int) -> float:
 def device_bytes() -> int:
     """GPU memory in use on the first device, by all processes."""
     query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits", "-i", "0"]
-    done = subprocess.run(query, capture_output=True, text=True, check=False)
-    return int(done.stdout.strip() or 0) << 20
+    with contextlib.suppress(FileNotFoundError, ValueError):
+        return int(subprocess.run(query, capture_output=True, text=True, check=False).stdout) << 20
+    return 0
 
 
 def send_load(

@@ -8,6 +8,7 @@ Prints a table of medians with min–max and of ratios taken round by round, and
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import signal
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from importlib import metadata
 from pathlib import Path
@@ -65,8 +67,8 @@ SUITES: dict[str, list[Case]] = {
     "gpu": [
         equal(8, 512, 256, 2),
         skewed(8000, 7, 100, 192, rounds=2, raw=1),
-        skewed(8000, 7, 100, 128, rounds=2, at_once=True),
         equal(1, 512, 256, 1),
+        skewed(8000, 7, 100, 128, rounds=1, at_once=True),
         equal(32, 512, 128, 1),
     ],
 }
@@ -161,28 +163,35 @@ def measure_raw(loop: str, model: Path, case: Case, seed: int, *, gpu: bool) -> 
     return figures | {"allocator_peak_mb": answer["peak"] / MB}
 
 
-def run(args: argparse.Namespace, models: dict[str, Path], log: Path) -> Results:
-    """All rounds. A system that fails is reported and left out of that round; the others go on."""
+def run(args: argparse.Namespace, models: dict[str, Path], log: Path) -> Iterator[Results]:
+    """All rounds; the results so far after each. A system that fails is left out of that round, and told."""
     results: Results = {}
-    for shape, model in models.items():
-        for case in SUITES[args.suite]:
-            measured = [s for s in args.systems if case.raw_rounds or not s.startswith("raw ")]
-            found = results[f"{shape}, {case.name}"] = {system: [] for system in measured}
-            for turn in range(args.rounds or case.rounds):
-                for system in measured if turn % 2 == 0 else measured[::-1]:
-                    if system.startswith("raw ") and turn >= case.raw_rounds:
-                        continue
-                    began = time.monotonic()
-                    try:
-                        figures = measure(system, model, case, turn + 1, log=log, gpu=args.gpu)
-                    except (RuntimeError, subprocess.SubprocessError) as problem:
-                        print(f"{case.name} round {turn + 1} {system}: FAILED: {problem}", file=sys.stderr)
-                        continue
-                    found[system].append(figures)
-                    brief = {key: round(figures[key], 1) for key in BRIEF if key in figures}
-                    seconds = time.monotonic() - began
-                    print(f"{case.name} round {turn + 1} {system}: {seconds:.0f} s {brief}", file=sys.stderr)
-    return results
+    began = time.monotonic()
+    for (shape, model), case in itertools.product(models.items(), SUITES[args.suite]):
+        measured = [s for s in args.systems if case.raw_rounds or not s.startswith("raw ")]
+        found = results[f"{shape}, {case.name}"] = {system: [] for system in measured}
+        for turn in range(args.rounds or case.rounds):
+            for system in measured if turn % 2 == 0 else measured[::-1]:
+                started = time.monotonic()
+                if system.startswith("raw ") and turn >= case.raw_rounds:
+                    continue
+                label = f"{shape}, {case.name}, round {turn + 1}, {system}"
+                if args.deadline and started - began > args.deadline:
+                    print(f"{label}: left out, {args.deadline:.0f} s are over", file=sys.stderr)
+                    continue
+                try:
+                    figures = measure(system, model, case, turn + 1, log=log, gpu=args.gpu)
+                except (RuntimeError, subprocess.SubprocessError) as problem:
+                    print(f"{label}: FAILED: {problem}\n{_tail(log)}", file=sys.stderr)
+                    continue
+                found[system].append(figures)
+                brief = {key: round(figures[key], 1) for key in BRIEF if key in figures}
+                print(f"{label}: {time.monotonic() - started:.0f} s {brief}", file=sys.stderr)
+                yield results
+
+
+def _tail(log: Path) -> str:
+    return log.read_text(errors="replace")[-1500:] if log.exists() else ""
 
 
 def machine() -> dict[str, Any]:
@@ -216,6 +225,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--systems", type=lambda text: text.split(","), default=SYSTEMS)
     parser.add_argument("--gpu", action="store_true", help="no OpenBLAS; GPU memory through nvidia-smi")
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--deadline", type=float, help="start no round after this many seconds")
     parser.add_argument("--out", type=Path, help="JSON of all rounds")
     args = parser.parse_args()
     args.models = args.models or (["dense"] if args.suite == "smoke" else ["dense", "hybrid"])
@@ -234,10 +244,12 @@ def main() -> int:
             models[shape] = Path(scratch) / shape
             writer = [sys.executable, "-m", "bench.models", shape, str(models[shape]), "--dtype", args.dtype]
             subprocess.run(writer, check=True, env=procs.environment(gpu=args.gpu))
-        results = run(args, models, Path(scratch) / "servers.log")
-    if args.out:
+        results: Results = {}
         cases = {case.name: asdict(case) for case in SUITES[args.suite]}
-        args.out.write_text(json.dumps({"machine": about, "cases": cases, "results": results}, indent=1))
+        for results in run(args, models, Path(scratch) / "servers.log"):
+            if args.out:
+                found = {"machine": about, "cases": cases, "results": results}
+                args.out.write_text(json.dumps(found, indent=1))
     print(report.table(results, BASE))
     return 0 if all(rounds for systems in results.values() for rounds in systems.values()) else 1
 
