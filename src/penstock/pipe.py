@@ -40,7 +40,7 @@ class Frames:
         self._held = bytearray()
         self._needed = wire.FRAME_HEADER
 
-    def feed(self, chunk: bytes) -> list[bytes]:
+    def feed(self, chunk: bytes | memoryview) -> list[bytes]:
         """The bodies that `chunk` completes. Raises ValueError for a length beyond wire.MAX_FRAME."""
         held = self._held
         held += chunk
@@ -127,14 +127,16 @@ class EngineChannel:
 
     def _read(self) -> None:
         frames = Frames()
+        # Read into one buffer: a fresh one of this size costs more than all the rest of a small read.
+        buffer = memoryview(bytearray(CHUNK))
         try:
-            while chunk := self._sock.recv(CHUNK):
-                for body in frames.feed(chunk):
+            while size := self._sock.recv_into(buffer):
+                for body in frames.feed(buffer[:size]):
                     self._inbox.put(wire.decode_to_engine(body))
         except OSError:
             pass
         except Exception as error:
-            print(f"<3>the front sent what is no message: {error}", file=sys.stderr, flush=True)
+            print(f"ERROR:the front sent what is no message: {error}", file=sys.stderr, flush=True)
         self._inbox.put(None)
         # A loop stuck in a native call can't see the message; the process must go all the same.
         if self._exit_grace is not None:

@@ -371,7 +371,7 @@ def test_stop_wakes_those_who_wait_for_a_load():
         with pytest.raises(PenstockError):
             await waiting
 
-    play(main, {"load_seconds": 20.0}, policy=Policy(exit_grace=0.1))
+    play(main, {"load_seconds": 60.0}, policy=Policy(exit_grace=60.0))
 
 
 def test_stop_kills_an_engine_that_does_not_exit():

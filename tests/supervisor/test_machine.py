@@ -136,6 +136,13 @@ def test_stop_asks_then_kills():
     assert life.died(15.1, "") == [Stopped()]
 
 
+def test_stop_does_not_wait_for_a_load():
+    life = EngineLife(POLICY)
+    life.start()
+    assert life.stop(0.0) == [Kill(stacks=False)]
+    assert life.died(0.1, "") == [Stopped()]
+
+
 def test_stop_between_two_engines_starts_none():
     life = ready_life()
     life.died(0.0, "")

@@ -78,7 +78,9 @@ def test_it_inherits_two_descriptors_and_the_standard_three():
 
 def test_what_it_prints_is_logged_at_its_level_and_bounded(caplog):
     async def main():
-        program = "print('<4>careful'); print('noise'); print('x' * 5000); [print(n) for n in range(3000)]"
+        program = (
+            "print('WARNING:careful'); print('noise'); print('x' * 5000); [print(n) for n in range(3000)]"
+        )
         process, over = start(program)
         await over
         close(process)

@@ -14,12 +14,12 @@ from collections.abc import Callable
 import msgspec
 
 from penstock import wire
-from penstock.pipe import Frames
+from penstock.pipe import CHUNK, Frames
 
 OUTGOING_BOUND = 4 << 20
 
 
-class FrontChannel(asyncio.Protocol):
+class FrontChannel(asyncio.BufferedProtocol):
     """One engine's channel. Callbacks: `on_message(message)`, `on_closed(error)`, `on_writable()`."""
 
     def __init__(
@@ -32,6 +32,8 @@ class FrontChannel(asyncio.Protocol):
         self._on_closed = on_closed
         self._on_writable = on_writable
         self._frames = Frames()
+        # Read into one buffer: a fresh one of this size costs more than all the rest of a small read.
+        self._buffer = memoryview(bytearray(CHUNK))
         self._transport: asyncio.Transport | None = None
         self._unsent: list[bytes] = []
         self._closed = False
@@ -72,9 +74,12 @@ class FrontChannel(asyncio.Protocol):
             transport.write(frame)
         self._unsent.clear()
 
-    def data_received(self, data: bytes) -> None:
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._buffer
+
+    def buffer_updated(self, nbytes: int) -> None:
         try:
-            for body in self._frames.feed(data):
+            for body in self._frames.feed(self._buffer[:nbytes]):
                 if self._closed:
                     return
                 self._on_message(wire.decode_to_front(body))

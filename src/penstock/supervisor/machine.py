@@ -141,9 +141,13 @@ class EngineLife:
 
     def stop(self, now: float) -> list[Action]:
         """The server ends: the open sequences have ended or been failed."""
+        loading = self.state in (State.LOADING, State.RESTARTING)
         self.state, self.reason = State.STOPPING, None
         if not self._alive:
             return [Stopped()]
+        if loading:
+            # It would hear the request only when the load is done, and has nothing to lose.
+            return [Kill(stacks=False)]
         self._due = now + self.policy.exit_grace
         return [AskExit(), WaitUntil(self._due)]
 

@@ -13,7 +13,6 @@ import contextlib
 import importlib
 import logging
 import os
-import re
 import signal
 import socket
 import subprocess
@@ -30,7 +29,7 @@ LINE_BOUND = 2000
 LINES_PER_SECOND = 200
 TAIL_LINES = 80
 _SOCKET_BUFFER = 1 << 20
-_LEVELS = {"3": logging.ERROR, "4": logging.WARNING, "6": logging.INFO, "7": logging.DEBUG}
+_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 _log = logging.getLogger("penstock.engine")
 
 
@@ -134,7 +133,7 @@ class EngineProcess:
             self._loop.call_soon_threadsafe(self._on_exit, code)
 
     def _read_output(self) -> None:
-        """Logs what it prints, at the level a line names in front (`<4>`: warning), else DEBUG; bounded."""
+        """Logs what it prints, at the level a line names (`WARNING:message`), else at DEBUG; bounded."""
         output = self._process.stdout
         assert output is not None
         second, count = 0.0, 0
@@ -153,8 +152,10 @@ class EngineProcess:
 
 
 def _split_level(line: str) -> tuple[int, str]:
-    match = re.match(r"<([3467])>", line)
-    return (_LEVELS[match[1]], line[3:]) if match else (logging.DEBUG, line)
+    level, colon, message = line.partition(":")
+    if colon and level in _LEVELS:
+        return getattr(logging, level), message
+    return logging.DEBUG, line
 
 
 def _widen(end: socket.socket) -> None:
