@@ -79,6 +79,16 @@ def test_before_its_start_it_is_downloading():
     assert (backend.state, backend.snapshot()["engine"]) == ("downloading", None)
 
 
+def test_a_start_after_the_stop_is_void():
+    async def main():
+        backend = Backend(["/nonexistent/engine"])
+        await backend.stop(0.0)
+        backend.start(OPTIONS)
+        assert (backend.state, backend.snapshot()["engine_deaths"]) == ("stopping", 0)
+
+    run(main())
+
+
 def test_choices_and_logprobs_and_length():
     async def main(backend):
         heard = await hear(backend.open(job([1, 2, 3, 4], n=3, max_tokens=2, sampling={"logprobs": 1})))

@@ -92,7 +92,9 @@ class Backend:
         return self._life.reason
 
     def start(self, options: wire.EngineOptions) -> None:
-        """Starts the first engine and returns at once. To be called once, on the event loop."""
+        """Starts the first engine and returns at once; void after `stop`. Once, on the event loop."""
+        if self._draining:
+            return
         self._options = options
         self._act(self._life.start())
         self._watch_timer = asyncio.get_running_loop().call_later(self._limits.interval, self._look)
