@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from tests.support import tiny_tokenizers as tiny
 from tokenizers import decoders, models
@@ -25,6 +25,7 @@ def streamed(subject: Tokenizer, ids: list[int], *, continues: bool = False) -> 
     return "".join(detokenizer.push(id) for id in ids) + detokenizer.flush()
 
 
+@example("ok 🦊日本")
 @given(anything)
 def test_byte_level_equals_the_whole_decoding(text: str) -> None:
     subject = tokenizer(tiny.byte_level())
@@ -40,6 +41,7 @@ def test_byte_level_equals_the_whole_decoding_of_any_ids(ids: list[int]) -> None
 
 
 @pytest.mark.parametrize("strip", [False, True])
+@example(text="ok 🦊日本")
 @given(text=anything)
 def test_byte_fallback_equals_the_whole_decoding(strip: bool, text: str) -> None:
     subject = tokenizer(tiny.byte_fallback(strip))
@@ -55,6 +57,7 @@ def test_word_pieces_equal_the_whole_decoding(text: str) -> None:
     assert streamed(subject, ids) == subject.decode(ids)
 
 
+@example("ok 🦊日本")
 @given(anything)
 def test_a_decoder_of_unknown_kind_equals_the_whole_decoding(text: str) -> None:
     backend = tokenizers.Tokenizer.from_str(tiny.byte_fallback().to_str())
@@ -68,10 +71,12 @@ def test_a_decoder_of_unknown_kind_equals_the_whole_decoding(text: str) -> None:
 
 
 def test_metaspace_drops_the_first_space_only() -> None:
-    backend = tokenizers.Tokenizer(models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0)], unk_id=0))
+    backend = tokenizers.Tokenizer(
+        models.Unigram([("<unk>", 0.0), ("▁the", -1.0), ("▁", -2.0), ("▁▁the", -3.0)], unk_id=0)
+    )
     backend.decoder = decoders.Metaspace()
     subject = tokenizer(backend)
-    for ids in ([1, 1], [2, 1], [2, 2, 1], [1]):
+    for ids in ([1, 1], [2, 1], [2, 2, 1], [3, 3], [1]):
         assert streamed(subject, ids) == subject.decode(ids)
 
 
