@@ -40,8 +40,8 @@ def environment(*, gpu: bool) -> dict[str, str]:
 
 
 def command(system: str, model: Path, port: int) -> list[str]:
-    """How a server is started; the flags are the same for both but for the model's."""
-    common = ["--host", "127.0.0.1", "--port", str(port), "--log-level", "WARNING"]
+    """How a server is started: with its defaults."""
+    common = ["--host", "127.0.0.1", "--port", str(port)]
     if system == "mlx_lm.server":
         return [sys.executable, "-m", "mlx_lm", "server", "--model", str(model), *common]
     program = "import sys; from penstock.cli import main; sys.exit(main())"
@@ -124,7 +124,7 @@ class Server:
         return sum(_status(pid, "VmHWM") for pid in self.pids())
 
     def _sample(self) -> None:
-        while not self._stop.wait(0.05):
+        while not self._stop.wait(0.3 if self.gpu else 0.05):
             pids = self.pids()
             device = device_bytes() - self._device_before if self.gpu else 0
             self.samples.append(Sample(time.monotonic(), resident(pids), cpu_seconds(pids[0]), device))

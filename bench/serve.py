@@ -226,7 +226,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--gpu", action="store_true", help="no OpenBLAS; GPU memory through nvidia-smi")
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--deadline", type=float, help="start no round after this many seconds")
-    parser.add_argument("--out", type=Path, help="JSON of all rounds")
+    parser.add_argument("--out", type=Path, help="JSON of all rounds; the servers' log beside it")
     args = parser.parse_args()
     args.models = args.models or (["dense"] if args.suite == "smoke" else ["dense", "hybrid"])
     if unknown := set(args.models) - set(SHAPES):
@@ -246,7 +246,8 @@ def main() -> int:
             subprocess.run(writer, check=True, env=procs.environment(gpu=args.gpu))
         results: Results = {}
         cases = {case.name: asdict(case) for case in SUITES[args.suite]}
-        for results in run(args, models, Path(scratch) / "servers.log"):
+        log = args.out.with_suffix(".log") if args.out else Path(scratch) / "servers.log"
+        for results in run(args, models, log):
             if args.out:
                 found = {"machine": about, "cases": cases, "results": results}
                 args.out.write_text(json.dumps(found, indent=1))
