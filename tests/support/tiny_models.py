@@ -7,18 +7,19 @@ comparison of texts.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import importlib
 import json
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map_with_path
 
-from penstock.engine import lean  # noqa: F401 - the bare parent of mlx_lm comes first
-from mlx_lm.models.cache import make_prompt_cache  # isort: skip
+import penstock.engine  # noqa: F401 - makes the imports of mlx_lm below light
 
 SPECIAL = [
     "<|endoftext|>",
@@ -137,6 +138,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
             "num_experts_per_tok": 1,
             "num_local_experts": 2,
             "use_qk_norm": True,
+            "rope_scaling": None,
         },
     },
 }
@@ -152,7 +154,7 @@ def config_of(name: str, **changes: Any) -> dict[str, Any]:
 @functools.cache
 def build(name: str, seed: int = 0) -> Any:
     """A model of the architecture `name`, float32, evaluated, lively (see above); one per name and seed."""
-    for scale in (1.0, 1.5, 2.0, 3.0, 4.0, 6.0):
+    for scale in (2.0, 3.0, 4.0, 1.5, 1.0, 6.0):
         model = make(config_of(name), seed, scale)
         if len(set(greedy(model, range(3, 11), 64))) >= DISTINCT:
             return model
@@ -178,6 +180,8 @@ def make(config: dict[str, Any], seed: int = 0, scale: float = 1.0, dtype: mx.Dt
 
 def greedy(model: Any, prompt: Any, count: int) -> list[int]:
     """`count` greedy tokens by the plain model loop."""
+    from mlx_lm.models.cache import make_prompt_cache
+
     cache = make_prompt_cache(model)
     tokens: list[int] = []
     ids = list(prompt)
@@ -185,6 +189,26 @@ def greedy(model: Any, prompt: Any, count: int) -> list[int]:
         tokens.append(int(mx.argmax(model(mx.array([ids]), cache=cache)[0, -1]).item()))
         ids = tokens[-1:]
     return tokens
+
+
+@contextlib.contextmanager
+def exact_sizes() -> Iterator[None]:
+    """No pool of freed buffers, from which an array may get a larger one than it needs."""
+    limit = mx.set_cache_limit(0)
+    try:
+        yield
+    finally:
+        mx.set_cache_limit(limit)
+
+
+def reference(model: Any, prompt: Sequence[int], count: int) -> tuple[list[int], mx.array]:
+    """`count` greedy tokens by mlx-lm's own `generate_step`, and all log-probs (count, V) of each step."""
+    from mlx_lm.generate import generate_step
+
+    steps = [*generate_step(mx.array(prompt), model, max_tokens=count)]
+    logprobs = mx.stack([logprobs for _, logprobs in steps])
+    mx.eval(logprobs)
+    return [int(token) for token, _ in steps], logprobs
 
 
 TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}

@@ -79,7 +79,7 @@ def compare(runner: Runner, model: Any) -> tuple[float, float]:
     mean square over the likeliest ids; the worst row and step count, on both sides.
     """
     facts = loader.measure(model)
-    prompts = _prompts(facts)
+    prompts = _prompts(facts.windows, facts.vocab_size)
     forced = [
         [(7 * row + 13 * step + 5) % facts.vocab_size for step in range(STEPS)] for row in range(len(prompts))
     ]
@@ -99,11 +99,11 @@ Logits = list[list[mx.array]]
 """Rows of steps of (V,)."""
 
 
-def _prompts(facts: loader.ModelFacts) -> list[list[int]]:
+def _prompts(windows: Sequence[int], vocab_size: int) -> list[list[int]]:
     """A row that starts from nothing, a long one, one between; around and beyond the smallest window."""
-    window = min(facts.windows, default=0)
+    window = min(windows, default=0)
     lengths = [1, window + 16, window - 3] if 8 <= window <= LONGEST_WINDOW else [1, 40, 17]
-    return [[(31 * i + 11 * row + 3) % facts.vocab_size for i in range(n)] for row, n in enumerate(lengths)]
+    return [[(31 * i + 11 * row + 3) % vocab_size for i in range(n)] for row, n in enumerate(lengths)]
 
 
 def _alone(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.array]:

@@ -162,7 +162,9 @@ class Row:
     def truncate(self, length: int) -> bool:
         """Forget positions from `length` on. False, and nothing done, where a cache can't (see `Runner`)."""
         surplus = self.length - length
-        if surplus and not all(leaf.is_trimmable() for leaf in self.leaves):
+        if surplus == 0:
+            return True
+        if not all(leaf.is_trimmable() for leaf in self.leaves):
             return False
         for leaf in self.leaves:
             leaf.trim(surplus)
