@@ -1,4 +1,5 @@
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 
@@ -23,10 +24,10 @@ def test_parts_of_the_key_do_not_run_into_each_other():
 
 def test_numbers_are_spread_evenly_below_one():
     numbers = [draws.uniform(5, 0, position, draws.TOKEN) for position in range(20_000)]
-    assert 0 <= min(numbers)
+    assert min(numbers) >= 0
     assert max(numbers) <= 1 - 2**-24
     counts = Counter(int(number * 20) for number in numbers)
     chi_squared = sum((counts[i] - 1000) ** 2 / 1000 for i in range(20))
     assert chi_squared < 43.8  # the 0.1 % quantile at 19 degrees of freedom
-    neighbours = sum((a - 0.5) * (b - 0.5) for a, b in zip(numbers, numbers[1:], strict=False)) * 12 / 20_000
+    neighbours = sum((a - 0.5) * (b - 0.5) for a, b in pairwise(numbers)) * 12 / 20_000
     assert abs(neighbours) < 0.025

@@ -9,12 +9,9 @@ from __future__ import annotations
 
 from hashlib import blake2b
 
-TOKEN = "token"
-"""Which id (or, for a draw over the whole vocabulary, which block of ids)."""
-WITHIN = "within"
-"""Which id of the block: a second number, because one of 24 bits is too coarse for 150,000 ids."""
-XTC = "xtc"
-"""Whether XTC acts at this position."""
+TOKEN = "token"  # which id; for a draw over the whole vocabulary, which block of ids
+WITHIN = "within"  # which id of the block: one number of 24 bits is too coarse for 150,000 ids
+XTC = "xtc"  # whether XTC acts at this position
 
 _BITS = 24
 

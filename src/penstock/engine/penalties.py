@@ -16,6 +16,7 @@ import mlx.core as mx
 
 from penstock.wire import Sampling
 
+IdLists = Sequence[Sequence[int]]
 _Contexts = tuple[tuple[int, int], ...]
 """(row, context size) of the rows that have a penalty. A size of 0 is the whole context, as in mlx-lm."""
 
@@ -39,32 +40,26 @@ class Processors:
     def __bool__(self) -> bool:
         return bool(self._bias or self._penalties)
 
-    def apply(
-        self,
-        logits: mx.array,
-        history: Sequence[Sequence[int]],
-        inputs: mx.array,
-        excluded: Sequence[Sequence[int]] | None,
-    ) -> mx.array:
-        """`logits` (B, V) float32, changed; the caller's array stays as it is. Lazy."""
-        logits = mx.array(logits)
+    def apply(self, logits: mx.array, history: IdLists, inputs: mx.array, excluded: IdLists) -> mx.array:
+        """`logits` (B, V) as float32 and changed; the caller's array stays as it is. Lazy."""
+        logits = logits.astype(mx.float32)
         if self._bias:
             rows, ids, values = self._bias
             logits = logits.at[rows, ids].add(values)
-        pairs: dict[_Contexts, tuple[mx.array, mx.array]] = {}
+        pairs: dict[_Contexts, list[mx.array]] = {}
         for kind, contexts, strengths in self._penalties:
             if contexts not in pairs:
                 pairs[contexts] = _pairs(contexts, history, inputs)
-            logits = _penalised(logits, kind, *pairs[contexts], strengths)
-        if excluded is not None:
-            forbidden = [(r, i) for r, ids in enumerate(excluded) for i in ids if 0 <= i < self._vocab_size]
-            if forbidden:
-                rows, ids = mx.array(forbidden).T
-                logits[rows, ids] = -mx.inf
+            logits = _penalised(logits, kind, pairs[contexts], strengths)
+        forbidden = [(r, i) for r, ids in enumerate(excluded) for i in ids if 0 <= i < self._vocab_size]
+        if forbidden:
+            rows, ids = mx.array(forbidden).T
+            logits[rows, ids] = -mx.inf
         return logits
 
 
-def _penalised(logits: mx.array, kind: str, rows: mx.array, ids: mx.array, strengths: mx.array) -> mx.array:
+def _penalised(logits: mx.array, kind: str, pairs: list[mx.array], strengths: mx.array) -> mx.array:
+    rows, ids = pairs
     strength = strengths[rows]
     if kind == "frequency":
         return logits.at[rows, ids].subtract(strength)
@@ -77,9 +72,7 @@ def _penalised(logits: mx.array, kind: str, rows: mx.array, ids: mx.array, stren
     return logits
 
 
-def _pairs(
-    contexts: _Contexts, history: Sequence[Sequence[int]], inputs: mx.array
-) -> tuple[mx.array, mx.array]:
+def _pairs(contexts: _Contexts, history: IdLists, inputs: mx.array) -> list[mx.array]:
     """The rows and the ids of all contexts, one after the other; an id that occurs twice is there twice."""
     ids, rows = array("I"), array("I")
     for row, size in contexts:
@@ -89,7 +82,7 @@ def _pairs(
         rows.extend(array("I", (row,)) * len(tail))
     members = mx.array([row for row, _ in contexts], dtype=mx.uint32)
     newest = inputs[members].astype(mx.uint32)
-    return mx.concatenate([_indices(rows), members]), mx.concatenate([_indices(ids), newest])
+    return [mx.concatenate([_indices(rows), members]), mx.concatenate([_indices(ids), newest])]
 
 
 def _indices(ids: array[int]) -> mx.array:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from penstock.engine import draws
-from penstock.engine.penalties import Processors
+from penstock.engine.penalties import IdLists, Processors
 from penstock.wire import Sampling
 
 NARROW = 64
@@ -50,9 +50,8 @@ class _Group:
         self.index = mx.array(members, dtype=mx.uint32)
         nucleus = [r.top_p if 0 < r.top_p < 1 else _OFF for r in rows]
         self.top_p = _column(nucleus) if min(nucleus) < _OFF else None
-        self.log_min_p = None
-        if any(r.min_p > 0 for r in rows):
-            self.log_min_p = _column([math.log(r.min_p) if r.min_p > 0 else -_OFF for r in rows])
+        floors = [math.log(r.min_p) if r.min_p > 0 else -_OFF for r in rows]
+        self.log_min_p = _column(floors) if max(floors) > -_OFF else None
         counts = [r.top_k if 0 < r.top_k < vocab_size else vocab_size for r in rows]
         self.top_k = mx.array([[count] for count in counts])
         self.cuts = min(counts) < vocab_size
@@ -105,10 +104,10 @@ def sample(
     logits: mx.array,
     batch: SamplingBatch,
     positions: Sequence[int],
-    history: Sequence[Sequence[int]],
+    history: IdLists,
     inputs: mx.array,
     *,
-    excluded: Sequence[Sequence[int]] | None = None,
+    excluded: IdLists | None = None,
 ) -> Sampled:
     """The next id of each row: `logits` (B, V), any float type, computed in float32. Nothing is evaluated.
 
@@ -118,8 +117,8 @@ def sample(
     draw. A row whose every id is forbidden, or that has a NaN, gets any id of the vocabulary.
     """
     x = logits
-    if batch.processors or (excluded is not None and any(excluded)):
-        x = batch.processors.apply(logits.astype(mx.float32), history, inputs, excluded)
+    if batch.processors or any(excluded or ()):
+        x = batch.processors.apply(logits, history, inputs, excluded or ())
     top_ids = _top_ids(x, batch.candidates) if batch.candidates else x[:, :0]
     parts = []
     for group in batch.groups:
@@ -148,13 +147,11 @@ def sample(
 
 
 def _top_ids(x: mx.array, k: int) -> mx.array:
-    """(R, k) ids of the k largest of each row, the largest first and the lower id first among equals.
-
-    The k largest lie in the k blocks of ids with the largest maxima, so only those are sorted.
-    """
+    """(R, k) ids of the k largest of each row, the largest first and the lower id first among equals."""
     rows, width = x.shape
     if width <= 2 * k * _BLOCK:
         return mx.argsort(-x, axis=-1)[:, :k]
+    # The k largest lie in the k blocks of ids with the largest maxima, so only those are sorted.
     blocks = _in_blocks(x, -mx.inf)
     best = mx.sort(mx.argsort(-blocks.max(axis=-1), axis=-1)[:, :k], axis=-1)
     found = mx.take_along_axis(blocks, best[:, :, None], axis=1).reshape(rows, k * _BLOCK)
@@ -184,8 +181,7 @@ def _narrow_weights(x: mx.array, ids: mx.array, group: _Group) -> mx.array:
         total = mx.exp(mx.logsumexp(x.astype(mx.float32), axis=-1, keepdims=True) - values[:, :1])
         above = mx.cumsum(mx.exp(below), axis=-1, inclusive=False)
         # Through the value of the last one, so that its equals stay too.
-        last = mx.where(above < group.top_p * total, below, 0).min(axis=-1, keepdims=True)
-        keep &= below >= last
+        keep &= below >= mx.where(above < group.top_p * total, below, 0).min(axis=-1, keepdims=True)
     if group.log_min_p is not None:
         keep &= below >= group.log_min_p
     return mx.where(keep, mx.exp(below * group.inverse_t), 0)
@@ -232,8 +228,7 @@ def _keep_top_k(x: mx.array, top_k: mx.array) -> mx.array:
 def _pick(weights: mx.array, numbers: list[float]) -> mx.array:
     """(R,) the place where the running sum of `weights` (R, N) passes each row's number times the whole.
 
-    Only places of positive weight can be picked, whatever the rounding of the sums: the first of those that
-    pass, or, if none should, the first of those.
+    Always a place of positive weight, however sums are rounded: the first that passes, or else the first.
     """
     running = mx.cumsum(weights, axis=-1)
     passed = running > _column(numbers) * running[:, -1:]
