@@ -41,7 +41,6 @@ def refusal(body: bytes) -> PenstockError:
         ('"max_tokens":0', "max_tokens"),
         ('"max_tokens":1.5', "max_tokens"),
         ('"max_completion_tokens":-5', "max_completion_tokens"),
-        (f'"max_tokens":1{"0" * 30}', "max_tokens"),
         (f'"seed":1{"0" * 30}', "seed"),
         ('"n":17', "n"),
         ('"stop":""', "stop"),
@@ -126,8 +125,6 @@ def test_null_is_absent_and_unknown_fields_pass() -> None:
         ({"modalities": ["text", "audio"]}, "modalities"),
         ({"adapters": "x"}, "adapters"),
         ({"draft_model": "x"}, "draft_model"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0]"),
-        ({"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}, "messages[0].content[0]"),
     ],
 )
 def test_what_would_change_the_answer_is_refused_by_name(fields: dict[str, Any], param: str) -> None:

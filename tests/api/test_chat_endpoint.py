@@ -260,6 +260,15 @@ def test_too_long_names_both_numbers_and_sends_no_stream() -> None:
     assert server.backend.runs == []
 
 
+@pytest.mark.parametrize("kind", ["image_url", "input_audio", "file"])
+def test_parts_that_are_not_text_are_refused_by_name(kind: str) -> None:
+    with serving() as server:
+        response = ask(server, [{"type": "text", "text": "a"}, {"type": kind, kind: {"url": "http://x"}}])
+    error = response.json()["error"]
+    assert (response.status_code, error["code"]) == (400, "unsupported_parameter")
+    assert error["param"] == "messages[0].content[1].type"
+
+
 def test_strict_model_names() -> None:
     with serving(options=Options(port=0, strict_model_names=True)) as server:
         assert ask(server, model="alias").status_code == 200

@@ -9,7 +9,7 @@ import socket
 from typing import Any
 
 import pytest
-from tests.support.fake_backend import Server, say, serving, wait_until
+from tests.support.fake_backend import BLOB_ID, Server, say, serving, wait_until
 
 from penstock.api.service import Timing
 
@@ -68,6 +68,7 @@ def test_a_client_that_leaves_ends_its_job_quietly(
         if record.name.startswith(("penstock", "uvicorn.error", "asyncio"))
     ]
     said = [record for record in said if record.levelname != "INFO" or "client gone" in record.message]
+    said = [record for record in said if "refused" not in record.message]  # other tests', summed late
     assert [record.levelname for record in said] == ["INFO"]
     assert not any(record.exc_info for record in said)
 
@@ -88,9 +89,11 @@ def test_headers_and_role_come_before_the_first_token() -> None:
         received = until(connection, b'"role":"assistant"')
         assert received.startswith(b"HTTP/1.1 200 OK\r\n")
         assert b"transfer-encoding: chunked" in received
-    with serving(silent) as server:
-        with contextlib.closing(post(server, "/v1/completions", prompt="a", stream=True)) as connection:
-            assert until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
+    with (
+        serving(silent) as server,
+        contextlib.closing(post(server, "/v1/completions", prompt="a", stream=True)) as connection,
+    ):
+        assert until(connection, b"\r\n\r\n").startswith(b"HTTP/1.1 200 OK\r\n")
 
 
 def test_silence_is_filled_in_each_apis_way() -> None:
@@ -105,9 +108,11 @@ def test_silence_is_filled_in_each_apis_way() -> None:
 
 def test_a_talking_stream_needs_no_keepalive() -> None:
     script = say(*["word "] * 40, pause=0.005)
-    with serving(script, timing=Timing(keepalive=5.0)) as server:
-        with contextlib.closing(post(server, stream=True)) as connection:
-            received = until(connection, b"[DONE]")
+    with (
+        serving(script, timing=Timing(keepalive=5.0)) as server,
+        contextlib.closing(post(server, stream=True)) as connection,
+    ):
+        received = until(connection, b"[DONE]")
     assert received.count(b'"delta":{}') == 1  # the finish
 
 
@@ -124,7 +129,7 @@ def test_a_body_that_does_not_come_is_a_timeout() -> None:
 
 def test_a_client_that_does_not_read_is_dropped(caplog: pytest.LogCaptureFixture) -> None:
     """Its answer backs up to uvicorn's limit, then waits, merged, in the ticket; then it is given up."""
-    script = say("x" * 20_000, forever=True, pause=0.001)
+    script = say([BLOB_ID] * 50, forever=True, pause=0.001)
     with serving(script, timing=HASTY) as server:
         connection = post(server, stream=True)
         wait_until(lambda: len(server.backend.runs) == 1)
@@ -137,10 +142,12 @@ def test_a_client_that_does_not_read_is_dropped(caplog: pytest.LogCaptureFixture
 
 def test_a_slow_reader_gets_everything() -> None:
     parts = [f"{n:05d}" for n in range(3000)]
-    with serving(say(*parts), timing=Timing(keepalive=0.05)) as server:
-        with contextlib.closing(post(server, stream=True)) as connection:
-            wait_until(lambda: bool(server.backend.runs) and server.backend.runs[0].ticket.closed)
-            received = until(connection, b"[DONE]")
+    with (
+        serving(say(*parts), timing=Timing(keepalive=0.05)) as server,
+        contextlib.closing(post(server, stream=True)) as connection,
+    ):
+        wait_until(lambda: bool(server.backend.runs) and server.backend.runs[0].ticket.closed)
+        received = until(connection, b"[DONE]")
     data = [line[6:] for line in received.replace(b"\r\n", b"\n").split(b"\n") if line.startswith(b"data: {")]
     contents = [json.loads(line)["choices"][0]["delta"].get("content", "") for line in data]
     assert "".join(contents) == "".join(parts)

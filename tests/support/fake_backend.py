@@ -34,8 +34,10 @@ from penstock.text.tokenizer import Tokenizer
 
 EOS, BOS = "<|im_end|>", "<|start|>"
 SPECIALS = [EOS, BOS, "<|im_start|>", "<think>", "</think>", "<tool_call>", "</tool_call>"]
-VOCAB = 256 + len(SPECIALS)
-EOS_ID, BOS_ID = 256, 257
+BLOB = "blob" * 1000
+"""A word of the vocabulary that is long, for answers that outrun their reader."""
+VOCAB = 256 + len(SPECIALS) + 1
+EOS_ID, BOS_ID, BLOB_ID = 256, 257, VOCAB - 1
 CONTEXT = 4096
 TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}"
@@ -58,7 +60,7 @@ def text_parts(*, bos: bool = True, eos: bool = True, generation: dict[str, Any]
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens(SPECIALS[:3])
-    backend.add_tokens([tokenizers.AddedToken(token, special=False) for token in SPECIALS[3:]])
+    backend.add_tokens([tokenizers.AddedToken(token, special=False) for token in (*SPECIALS[3:], BLOB)])
     config = {"bos_token": BOS} if bos else {}
     tokenizer = Tokenizer(backend, config, frozenset([EOS_ID] if eos else []))
     reasoning, tools = infer(tokenizer, TEMPLATE)

@@ -7,6 +7,7 @@ the log and none for the client.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 
 from starlette.routing import Route, Router
@@ -112,3 +113,9 @@ async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
             where = f" ({failure.param})" if failure.param else ""
             log.repeated(failure.kind.label, f"refused a request: {failure.kind.label}{where}")
         await exchange.respond_error(failure)
+    except asyncio.CancelledError:  # the server ends, and has waited long enough
+        if exchange.started:
+            exchange.cut()
+            await asyncio.sleep(0)
+        else:
+            await exchange.respond_error(PenstockError(Kind.SHUTTING_DOWN, "The server is shutting down."))

@@ -60,11 +60,6 @@ def _refuse_chat(request: ChatRequest) -> None:
         raise _unsupported("function_call", "use tools instead.")
     if request.modalities not in (None, [], ["text"]):
         raise _unsupported("modalities", "only ['text'] is supported.")
-    for at, message in enumerate(request.messages):
-        for part_at, part in enumerate(message.content if isinstance(message.content, list) else ()):
-            if part.type not in ("text", "input_text", "output_text", "refusal"):
-                path = f"messages[{at}].content[{part_at}]"
-                raise _unsupported(path, f"parts of type {part.type[:40]!r} are not supported; only text is.")
 
 
 def check_model(model: str | None, served: Sequence[str], strict: bool) -> None:

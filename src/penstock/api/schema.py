@@ -19,8 +19,8 @@ MAX_TOP_LOGPROBS = 20
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 LARGEST = 2**63 - 1
-Count = Annotated[int, Meta(ge=0, le=LARGEST)]
-Some = Annotated[int, Meta(ge=1, le=LARGEST)]
+Count = Annotated[int, Meta(ge=0)]
+Some = Annotated[int, Meta(ge=1)]
 Penalty = Annotated[float, Meta(ge=-100, le=100)]
 Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
@@ -45,7 +45,7 @@ class Sampled(Struct, kw_only=True):
     seed: Annotated[int, Meta(ge=-LARGEST, le=LARGEST)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=100)] | None = None
     top_p: Share | None = None
-    top_k: Annotated[int, Meta(ge=-1, le=LARGEST)] | None = None
+    top_k: Annotated[int, Meta(ge=-1)] | None = None
     min_p: Share | None = None
     xtc_probability: Share | None = None
     xtc_threshold: Annotated[float, Meta(ge=0, le=0.5)] | None = None
