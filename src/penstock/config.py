@@ -197,6 +197,13 @@ class Options:
         200.0,
         "How long, in milliseconds, a step's prefill may hold up streams that are running.",
     )
+    memory_limit: int | None = _option(
+        MEMORY,
+        SIZE,
+        None,
+        "The most that the engine may hold: weights, KV of running requests, caches, buffers, all of it.",
+        unset="what the device, cgroups, rlimits and physical memory allow, less a reserve",
+    )
     front_memory: int = _option(
         MEMORY,
         SIZE,

@@ -25,7 +25,9 @@ from penstock.api.app import create_app
 from penstock.api.service import Service
 from penstock.config import Options
 from penstock.errors import PenstockError
+from penstock.memory.probe import system_probe
 from penstock.supervisor.backend import Backend
+from penstock.supervisor.warden import Warden
 from penstock.text.errors import ModelFilesError
 from penstock.text.parts import TextParts
 
@@ -62,7 +64,10 @@ class _Front:
         self.began = time.monotonic()
         self.exit_code = 0
         self.stopping = False
-        self.backend = Backend(environment=platform.engine_environment(os.environ))
+        self.backend = Backend(
+            environment=platform.engine_environment(os.environ),
+            warden=Warden(system_probe(), options.memory_limit),
+        )
         name = options.served_model_name[0] if options.served_model_name else _name(options)
         self.service = Service(
             backend=self.backend,

@@ -6,9 +6,11 @@ through, so a late message of a dead engine is void because its channel is gone.
 
     front                                   engine
       Start(options) ───────────────────────▶
+      ◀──────────────────────────────── Device
+      Budget (again whenever it changes) ───▶
       ◀─────────────── Loading … Ready | Halt
       Submit, End, Shutdown ────────────────▶
-      ◀──────────── Step (one a step, all rows)
+      ◀──── Step (one a step, all rows), Status
 
 A sequence's life on the wire: one `Submit`, then any number of `Row`s, then exactly one `Ended`, which also
 answers an `End`. After `Ended` the engine knows nothing of the id any more.
@@ -71,7 +73,7 @@ class Start(msgspec.Struct, frozen=True, tag="start"):
 
 
 class Submit(msgspec.Struct, frozen=True, tag="submit"):
-    """A new sequence: ids as little-endian uint32, `delivered` those already generated before (continuation)."""
+    """A new sequence: ids as little-endian uint32; `delivered`: those already generated (continuation)."""
 
     id: int
     prompt: bytes
@@ -85,14 +87,34 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):
-    """The front ends a sequence: the first `keep` ids (prompt and answer) count, what is beyond is dropped."""
+    """The front ends a sequence: the first `keep` ids (prompt and answer) count, the rest is dropped."""
 
     id: int
     keep: int
 
 
+class Budget(msgspec.Struct, frozen=True, tag="budget"):
+    """How many bytes the engine may hold from now on; `ceiling` is the most it will ever be told."""
+
+    size: int
+    ceiling: int
+    decided_by: str
+
+
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
     """Finish the step in flight and exit with code 0."""
+
+
+class Device(msgspec.Struct, frozen=True, tag="device"):
+    """What computes, before anything is loaded; the answer is a `Budget`. Bytes."""
+
+    backend: str
+    """metal, cuda or cpu."""
+    name: str
+    limit: int | None
+    """Metal: the recommended working set; CUDA: what is free now; CPU: none of its own."""
+    used: int
+    """What limits on processes count already: this process before a model."""
 
 
 class Loading(msgspec.Struct, frozen=True, tag="loading"):
@@ -117,6 +139,8 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     state_bytes: int
     """Bytes of a row's recurrent states, whatever its length."""
     versions: dict[str, str]
+    longest: int = 0
+    """The longest sequence that the ceiling holds beside the weights; 0: the memory sets no limit."""
 
 
 class Halt(msgspec.Struct, frozen=True, tag="halt"):
@@ -143,7 +167,7 @@ class Prefill(msgspec.Struct, frozen=True, array_like=True):
 
 
 class Ended(msgspec.Struct, frozen=True, array_like=True):
-    """The last word on a sequence. `reason`: stop (end-of-turn id), length, cut (the front's `End`), error."""
+    """The last word on a sequence. `reason`: stop (end-of-turn id), length, cut (an `End`), error."""
 
     id: int
     reason: str
@@ -161,8 +185,30 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     ended: list[Ended] = []
 
 
-ToEngine = Start | Submit | End | Shutdown
-ToFront = Loading | Ready | Halt | Step
+class Status(msgspec.Struct, frozen=True, tag="status"):
+    """The engine's books, at most twice a second. Bytes."""
+
+    accounts: dict[str, int]
+    """By owner; they add up to what is held."""
+    budget: int
+    floor: int
+    """What the rows on board and their next step hold: below it rows are preempted."""
+    least: int
+    """The same for the oldest row alone: the budget is never cut below it."""
+    active: int
+    """What MLX says it holds, freed buffers apart."""
+    pooled: int
+    """Freed buffers that the allocator keeps."""
+    running: int
+    waiting: int
+    counts: dict[str, int]
+    """Measures since the start, by kind, and repairs of the audit."""
+    decided_by: str = ""
+    """What decided the last chunk's length."""
+
+
+ToEngine = Start | Budget | Submit | End | Shutdown
+ToFront = Device | Loading | Ready | Halt | Step | Status
 
 _encoder = msgspec.msgpack.Encoder()
 _decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}

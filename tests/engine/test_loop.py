@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 
 import mlx.core as mx
 import pytest
@@ -12,7 +13,6 @@ from tests.support.engine_loop import Answer, EngineLoop
 
 from penstock import wire
 from penstock.engine.batch import Runner
-from penstock.engine.scheduler import Facts
 
 HYBRID, DENSE = "qwen3_5", "qwen3"
 
@@ -128,7 +128,9 @@ def test_the_context_ends_an_answer_without_a_limit() -> None:
 
 def test_an_end_from_the_front_takes_effect_at_the_next_turn(engine: EngineLoop) -> None:
     """Queued, in prefill, and decoding; the others' answers do not change."""
-    engine.loop.facts = Facts(2, 1, 16, 0.2)
+    engine.loop.facts = replace(
+        engine.loop.facts, decode_concurrency=2, prompt_concurrency=1, chunk_longest=16
+    )
     decoding = engine.submit(prompt(4), max_tokens=1000)
     for _ in range(4):
         engine.turn()

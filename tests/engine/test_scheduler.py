@@ -1,59 +1,135 @@
-"""The scheduler alone: sequences with made-up rows, a runner that only counts."""
+"""Scheduler and accounts alone: a runner that only counts bytes, and a budget that does what it likes."""
 
 from __future__ import annotations
 
 from array import array
+from dataclasses import replace
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.scheduler import CHUNK_FLOOR, Facts, account, choose_prompt, schedule
+from penstock.engine.accounts import Accounts
+from penstock.engine.scheduler import (
+    Admit,
+    Chunk,
+    ClearPool,
+    Evict,
+    Facts,
+    GiveUp,
+    Plan,
+    Preempt,
+    Room,
+    account,
+    choose_prompt,
+    schedule,
+)
 from penstock.engine.sequence import Sequence
+from penstock.memory.costs import CHUNK_FLOOR, Costs, Fit
+from penstock.memory.predict import Scalars, Transient
 from penstock.wire import Sampling, Submit
+
+COSTS = Costs(kv_per_token=1000, layer_per_token=100, fixed=5_000, states=2_000, buffers=8)
+TRANSIENT = Transient(Scalars(10_000, 300, 0.5), Scalars(5_000, 2_000, 0.1))
+FACTS = Facts(4, 2, 2048, 0.2, COSTS, TRANSIENT)
+PLENTY = Room(free=1 << 40)
 
 
 def sequence(id_: int, length: int, *, arrival: int | None = None, max_tokens: int | None = 8) -> Sequence:
-    prompt = array("I", range(length)).tobytes()
+    prompt = array("I", [7]) * length
     submit = Submit(
         id=id_,
-        prompt=prompt,
+        prompt=prompt.tobytes(),
         sampling=Sampling(),
         arrival=id_ if arrival is None else arrival,
         max_tokens=max_tokens,
     )
-    return Sequence(submit, context_length=100_000)
+    return Sequence(submit, context_length=200_000)
 
 
-FACTS = Facts(decode_concurrency=4, prompt_concurrency=2, chunk_longest=2048, stall_target=0.2)
+def board(sequence: Sequence, capacity: int | None = None) -> Sequence:
+    sequence.row = object()
+    sequence.capacity = capacity or sequence.first_capacity
+    return sequence
 
 
-def run(sequences: list[Sequence], facts: Facts, *, steps: int = 10_000) -> list[tuple[int, int]]:
-    """Play the plans; returns (sequence id, chunk length) of every prefill chunk."""
-    chunks = []
-    for _ in range(steps):
-        if not sequences:
-            break
-        plan = schedule(sequences, facts)
-        assert plan, "sequences are left, but nothing is planned"
-        for admitted in plan.admit:
-            admitted.row = object()
-        assert len(plan.decode) <= facts.decode_concurrency
-        assert sum(s.row is not None for s in sequences) <= facts.decode_concurrency
-        assert sum(s.row is not None and s.prefill_left > 0 for s in sequences) <= facts.prompt_concurrency
+class Simulation:
+    """Plays the scheduler's decisions against real accounts; nothing is computed."""
+
+    def __init__(self, budget: int, facts: Facts = FACTS, weights: int = 0) -> None:
+        self.accounts = Accounts(budget, weights, facts.costs)
+        self.facts = facts
+        self.sequences: list[Sequence] = []
+        self.computed = 0
+        self.gave_up: list[Sequence] = []
+        self.measures: list[str] = []
+        self.most_on_board = 0
+        self.first_rounds = 0
+
+    def decide(self) -> Plan:
+        for rounds in range(3 * len(self.sequences) + 5):
+            facts = replace(self.facts, departures=self.accounts.departures)
+            decision = schedule(self.sequences, facts, self.accounts.room())
+            if isinstance(decision, Plan):
+                self.first_rounds = max(self.first_rounds, rounds)
+                return decision
+            self.measures.append(type(decision).__name__)
+            self.apply(decision)
+        raise AssertionError("the rounds do not end")
+
+    def apply(self, decision: object) -> None:
+        match decision:
+            case Admit(sequence, capacity):
+                self.accounts.admit(sequence, capacity)
+                board(sequence, capacity)
+            case ClearPool():
+                self.accounts.clear_pool()
+            case Preempt(sequence):
+                on_board = [s for s in self.sequences if s.row is not None]
+                assert sequence is not min(on_board, key=lambda s: s.arrival), "the oldest was preempted"
+                self.accounts.leave(sequence)
+                sequence.restart()
+                sequence.preempted_at = self.accounts.departures
+            case GiveUp(sequence):
+                self.leave(sequence)
+                self.gave_up.append(sequence)
+            case _:
+                raise AssertionError(decision)
+
+    def leave(self, sequence: Sequence) -> None:
+        self.accounts.leave(sequence)
+        self.accounts.departures += 1
+        self.sequences.remove(sequence)
+
+    def step(self) -> Plan:
+        plan = self.decide()
+        for grower, capacity in plan.grow:
+            self.accounts.grow(grower, capacity)
+            grower.capacity = capacity
+        lease = self.accounts.begin(plan.transient)
         for decoded in plan.decode:
+            assert decoded.launched + 1 <= decoded.capacity, "a row is written beyond its room"
             decoded.launched += 1
             decoded.tokens.append(7)
-            decoded.computed = decoded.launched
+            self.computed += 1
         if plan.chunk is not None:
             chosen = plan.chunk.sequence
-            assert chosen not in plan.decode
-            assert 0 < plan.chunk.length <= min(chosen.prefill_left, facts.chunk_longest)
-            account(plan.chunk, [s for s in sequences if s.prefill_left])
+            assert chosen.launched + plan.chunk.length <= chosen.capacity
+            account(plan.chunk, [s for s in self.sequences if s.prefill_left])
             chosen.launched += plan.chunk.length
-            chunks.append((chosen.id, plan.chunk.length))
-        sequences[:] = [s for s in sequences if s.finish_reason(frozenset()) is None]
-    assert not sequences, "not everything has ended"
-    return chunks
+            self.computed += plan.chunk.length
+        self.accounts.ledger.release(lease)
+        self.most_on_board = max(self.most_on_board, sum(s.row is not None for s in self.sequences))
+        for ended in [s for s in self.sequences if s.row and s.finish_reason(frozenset())]:
+            self.leave(ended)
+        return plan
+
+    def run(self, steps: int = 100_000) -> None:
+        for _ in range(steps):
+            if not self.sequences:
+                return
+            assert self.step() or not self.sequences, "sequences are left, but nothing is planned"
+        raise AssertionError("not everything has ended")
 
 
 @given(
@@ -61,37 +137,139 @@ def run(sequences: list[Sequence], facts: Facts, *, steps: int = 10_000) -> list
     decode=st.integers(1, 5),
     prompts=st.integers(1, 3),
     speed=st.none() | st.floats(1e-6, 1e-2),
+    share=st.floats(0.0, 1.0),
 )
-@settings(max_examples=150, deadline=None)
-def test_every_sequence_ends_within_the_limits(
-    lengths: list[int], decode: int, prompts: int, speed: float | None
+@settings(max_examples=200, deadline=None)
+def test_whatever_is_accepted_ends_within_any_budget_that_holds_the_longest(
+    lengths: list[int], decode: int, prompts: int, speed: float | None, share: float
 ) -> None:
-    facts = Facts(decode, prompts, 2048, 0.2, speed)
-    run([sequence(i, n) for i, n in enumerate(lengths)], facts)
+    facts = replace(
+        FACTS, decode_concurrency=decode, prompt_concurrency=prompts, seconds_per_prefill_id=speed
+    )
+    least = Fit(COSTS, TRANSIENT).alone(max(lengths) + 8)
+    simulation = Simulation(int(least * (1 + 3 * share)), facts)
+    simulation.sequences = [sequence(i, n) for i, n in enumerate(lengths)]
+    useful = sum(lengths) + 8 * len(lengths)
+    simulation.run()
+    assert not simulation.gave_up
+    assert simulation.computed <= 3 * useful
+    assert simulation.accounts.ledger.held == (
+        simulation.accounts._pool.size if simulation.accounts._pool else 0
+    )
+
+
+def test_growth_preempts_the_youngest_and_computes_little_twice() -> None:
+    """Answers that outgrow what was reserved: every growth is a fight for room."""
+    needed = Fit(COSTS, TRANSIENT).alone(9_000)
+    simulation = Simulation(int(needed * 1.6), replace(FACTS, decode_concurrency=8))
+    simulation.sequences = [sequence(i, 500, max_tokens=8_000) for i in range(6)]
+    simulation.run()
+    assert simulation.measures.count("Preempt") >= 3
+    assert simulation.computed <= 3 * 6 * 8_500
+    assert not simulation.gave_up
+
+
+def test_the_last_row_gives_up_only_at_the_ceiling() -> None:
+    simulation = Simulation(Fit(COSTS, TRANSIENT).alone(3_000))
+    simulation.sequences = [sequence(0, 1_000, max_tokens=None)]
+    simulation.step()
+    simulation.accounts.set_budget(COSTS.row(1_500))
+    simulation.run()
+    assert [s.id for s in simulation.gave_up] == [0]
+    assert len(simulation.gave_up[0].tokens) >= 3_000
+
+
+def test_after_a_cut_nothing_is_taken_on_and_after_the_rise_everything_is() -> None:
+    simulation = Simulation(30_000_000)
+    simulation.sequences = [sequence(i, 2_000, max_tokens=50) for i in range(3)]
+    for _ in range(4):
+        simulation.step()
+    simulation.accounts.set_budget(3_000_000)
+    simulation.sequences += [sequence(10 + i, 2_000) for i in range(3)]
+    for _ in range(3):
+        simulation.step()
+        assert simulation.accounts.ledger.held <= 3_000_000
+    simulation.accounts.set_budget(30_000_000)
+    simulation.run()
+    assert not simulation.gave_up
+
+
+@pytest.mark.parametrize("k", [1, 2, 5])
+def test_with_the_budget_for_k_exactly_k_run_at_once(k: int) -> None:
+    budget = Fit(COSTS, TRANSIENT).together(k, 3_000, 200)
+    facts = replace(FACTS, decode_concurrency=32, prompt_concurrency=32)
+    simulation = Simulation(budget, facts)
+    simulation.sequences = [sequence(i, 3_000, max_tokens=200) for i in range(k + 4)]
+    simulation.run()
+    assert simulation.most_on_board == k
+    assert "Preempt" not in simulation.measures
+
+
+def test_nothing_waits_while_the_pool_or_the_cache_could_give_room() -> None:
+    waiting, running = sequence(1, 3_000), board(sequence(0, 100))
+    short = Room(free=1_000_000, pool=3_000_000, evictable=3_000_000)
+    assert isinstance(schedule([waiting, running], FACTS, short), ClearPool)
+    assert isinstance(schedule([waiting, running], FACTS, replace(short, pool=0)), Evict)
+    nothing = schedule([waiting, running], FACTS, replace(short, pool=0, evictable=0))
+    assert isinstance(nothing, Plan)
+    assert nothing.decode or nothing.chunk
+
+
+def test_the_order_of_measures_for_a_row_that_must_grow() -> None:
+    old, young = board(sequence(0, 1), 1), board(sequence(1, 1), 1)
+    for one in (old, young):
+        one.limit, one.launched, one.tokens = 5_000, 1, array("I", [7, 7])
+    for room, expected in [
+        (Room(0, pool=1, evictable=1), ClearPool()),
+        (Room(0, evictable=1), Evict),
+        (Room(0), Preempt(young)),
+    ]:
+        decision = schedule([old, young], FACTS, room)
+        assert decision == expected or type(decision) is expected
+    assert schedule([old], FACTS, Room(0)) == GiveUp(old)
+
+
+def test_a_preempted_sequence_waits_for_a_departure() -> None:
+    running, preempted = board(sequence(0, 100)), sequence(1, 100)
+    preempted.preempted_at = 3
+    facts = replace(FACTS, departures=3)
+    assert isinstance(schedule([running, preempted], facts, PLENTY), Plan)
+    assert schedule([running, preempted], replace(facts, departures=4), PLENTY) == Admit(preempted, 108)
+    assert schedule([preempted], facts, PLENTY) == Admit(preempted, 108)
+
+
+def test_a_chunk_shrinks_to_what_fits_and_no_further_than_the_floor() -> None:
+    long = board(sequence(0, 60_000))
+    room = Room(TRANSIENT.prefill(700, 0))
+    plan = schedule([long], FACTS, room)
+    assert isinstance(plan, Plan)
+    assert plan.chunk == Chunk(long, 700, "memory")
+    assert isinstance(schedule([long], FACTS, Room(TRANSIENT.prefill(CHUNK_FLOOR, 0) - 1)), GiveUp)
+    floor = schedule([long], replace(FACTS, correction=50.0), room)
+    assert isinstance(floor, Plan)
+    assert floor.chunk == Chunk(long, CHUNK_FLOOR, "memory")
 
 
 def test_waits_in_order_of_arrival() -> None:
     waiting = [sequence(i, 3, arrival=10 - i) for i in range(6)]
-    plan = schedule(waiting, FACTS)
-    assert [s.id for s in plan.admit] == [5, 4]
+    assert schedule(waiting, FACTS, PLENTY) == Admit(waiting[5], waiting[5].first_capacity)
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:
-    long, short = sequence(0, 60_000), sequence(1, 200)
-    chunks = run([long, short], FACTS)
-    assert [id_ for id_, _ in chunks[:2]].index(1) <= 1
+    simulation = Simulation(1 << 40)
+    simulation.sequences = [sequence(0, 60_000), sequence(1, 200)]
+    chosen = [plan.chunk.sequence.id for plan in (simulation.step() for _ in range(2)) if plan.chunk]
+    assert 1 in chosen
 
 
 def test_the_oldest_prompt_keeps_half_of_the_prefill() -> None:
-    long = sequence(0, 60_000)
-    long.row = object()
+    facts = replace(FACTS, decode_concurrency=1000, prompt_concurrency=1000, chunk_longest=512)
+    long = board(sequence(0, 60_000))
+    prompts = [long, *(board(sequence(i, 2000)) for i in range(1, 200))]
     given_to = {True: 0, False: 0}
-    others = [sequence(i, 2000) for i in range(1, 200)]
-    for other in others:
-        other.row = object()
-    prompts = [long, *others]
     while long.prefill_left:
-        plan = schedule(prompts, Facts(1000, 1000, 512, 0.2))
+        plan = schedule(prompts, facts, PLENTY)
+        assert isinstance(plan, Plan)
         assert plan.chunk is not None
         given_to[plan.chunk.sequence is long] += plan.chunk.length
         account(plan.chunk, [s for s in prompts if s.prefill_left])
@@ -102,18 +280,17 @@ def test_the_oldest_prompt_keeps_half_of_the_prefill() -> None:
 
 
 def test_the_stall_target_shortens_chunks_only_while_streams_run() -> None:
-    long, stream = sequence(0, 60_000), sequence(1, 1, max_tokens=100)
-    long.row = stream.row = object()
-    facts = Facts(4, 2, 2048, 0.2, seconds_per_prefill_id=0.2 / 600)
-    plan = schedule([long, stream], facts)
-    assert plan.chunk is not None
-    assert (plan.chunk.length, plan.chunk.decided_by) == (600, "stall target")
-    alone = schedule([long], facts)
-    assert alone.chunk is not None
-    assert (alone.chunk.length, alone.chunk.decided_by) == (2048, "prefill_step_size")
-    slow = schedule([long, stream], Facts(4, 2, 2048, 0.2, seconds_per_prefill_id=1.0))
-    assert slow.chunk is not None
-    assert slow.chunk.length == CHUNK_FLOOR
+    long, stream = board(sequence(0, 60_000)), board(sequence(1, 1, max_tokens=100))
+    facts = replace(FACTS, seconds_per_prefill_id=0.2 / 600)
+    for sequences, speed, expected in [
+        ([long, stream], 0.2 / 600, (600, "stall target")),
+        ([long], 0.2 / 600, (2048, "prefill_step_size")),
+        ([long, stream], 1.0, (CHUNK_FLOOR, "stall target")),
+    ]:
+        plan = schedule(sequences, replace(facts, seconds_per_prefill_id=speed), PLENTY)
+        assert isinstance(plan, Plan)
+        assert plan.chunk is not None
+        assert (plan.chunk.length, plan.chunk.decided_by) == expected
 
 
 def test_the_least_left_is_chosen_until_the_oldest_was_passed_over() -> None:

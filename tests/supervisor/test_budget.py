@@ -15,7 +15,7 @@ def test_on_a_mac_the_working_set_less_a_reserve_decides() -> None:
     """A 48 GB Mac recommends about 36 GiB; past it command buffers fail."""
     found = ceiling(MAC_48, device=36 * GiB, asked=None, used=0)
     assert found.decided_by == "the device's limit"
-    assert found.size == 36 * GiB - int(36 * GiB * 0.08)
+    assert found.size == int(36 * GiB * 0.92)
 
 
 def test_what_was_asked_for_is_taken_whole_but_not_beyond_the_device() -> None:

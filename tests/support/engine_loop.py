@@ -7,11 +7,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import mlx.core as mx
+
 from penstock import wire
+from penstock.engine.accounts import Accounts
+from penstock.engine.calibrate import costs_of
 from penstock.engine.loop import Loop
 from penstock.engine.scheduler import Facts
+from penstock.memory.ledger import Account
+from penstock.memory.predict import Scalars, Transient
 from penstock.page import Page
 from penstock.pipe import FrontGone
+
+FREE = Transient(Scalars(0, 0, 0), Scalars(0, 0, 0))
+"""A predictor for tests that are not about memory."""
 
 
 class ListChannel:
@@ -54,11 +63,17 @@ class EngineLoop:
         eos_ids: Sequence[int] = (),
         context_length: int = 4096,
         pipelined: bool = True,
+        ceiling: int = 4 << 30,
+        transient: Transient = FREE,
         **facts: Any,
     ) -> None:
         self.channel = ListChannel()
         self.page = Page.create()
+        costs = costs_of(runner)
+        self.accounts = Accounts(ceiling, 0, costs, mx.set_cache_limit)
         defaults: dict[str, Any] = {
+            "costs": costs,
+            "transient": transient,
             "decode_concurrency": 32,
             "prompt_concurrency": 8,
             "chunk_longest": 64,
@@ -69,6 +84,7 @@ class EngineLoop:
             self.channel,  # type: ignore[arg-type]
             self.page,
             Facts(**{**defaults, **facts}),
+            self.accounts,
             context_length=context_length,
             eos_ids=frozenset(eos_ids),
             vocab_size=vocab_size,
@@ -116,10 +132,17 @@ class EngineLoop:
         """Let go of the page; nothing may be left in the runner."""
         assert not self.loop.sequences
         assert self.loop.runner.bytes() == 0, "the engine is not empty when idle"
+        assert not self.accounts.rows
+        assert self.accounts.ledger.balance(Account.LIVE_KV) == 0
+        assert self.accounts.ledger.balance(Account.TRANSIENT) == 0
+        assert self.accounts.ledger.conserves()
         self.page.close()
 
     def _collect(self) -> None:
         for message in self.channel.sent:
+            if isinstance(message, wire.Status):
+                assert sum(message.accounts.values()) <= message.budget or message.running <= 1
+                continue
             assert isinstance(message, wire.Step)
             for row in message.rows:
                 answer = self.answers[row.id]

@@ -1,8 +1,9 @@
 """The engine's loop: receive, plan, run, emit; one step at a time, at most one in flight.
 
 Owns the sequences and the step in flight; the only caller of the runner, hence the only code that makes MLX
-compute once the model is loaded. A step is launched before the one before it is read (launching n+1 hides
-the host's work behind the device), and nothing of a step leaves the engine before it has been read:
+compute once the model is loaded. Every byte of a step has its lease before it is launched (`accounts`). A
+step is launched before the one before it is read (launching n+1 hides the host's work behind the device),
+and nothing of a step leaves the engine before it has been read:
 
     launch n+1 ─ read n ─ emit n ─ receive ─ plan ─ launch n+2 ─ read n+1 …
 
@@ -16,15 +17,31 @@ from __future__ import annotations
 import gc
 import logging
 import time
+from collections import Counter
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 
 from penstock import wire
+from penstock.engine.accounts import Accounts
 from penstock.engine.sampler import Sampled, SamplingBatch, sample
-from penstock.engine.scheduler import Chunk, Facts, Plan, account, schedule
+from penstock.engine.scheduler import (
+    Admit,
+    Chunk,
+    ClearPool,
+    Evict,
+    Facts,
+    GiveUp,
+    Measure,
+    Plan,
+    Preempt,
+    account,
+    schedule,
+)
 from penstock.engine.sequence import Sequence
+from penstock.memory.ledger import Account, Lease
+from penstock.memory.predict import MARGIN, Correction
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone
 
@@ -34,6 +51,8 @@ BACKLOG_BOUND = 8 << 20
 """Bytes that may wait to be written to the front before the engine stops launching steps."""
 IDLE_BEAT = 1.0
 """Seconds between signs of life while there is nothing to do."""
+STATUS_EVERY = 0.5
+"""Seconds between two reports of the books."""
 SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
 
@@ -50,6 +69,7 @@ class InFlight:
     draws: Sampled | None
     chunk: Chunk | None
     chunk_arrays: Any
+    lease: Lease
     launched_at: float
 
 
@@ -62,6 +82,7 @@ class Loop:
         channel: EngineChannel,
         page: Page,
         facts: Facts,
+        accounts: Accounts,
         *,
         context_length: int,
         eos_ids: frozenset[int],
@@ -73,6 +94,13 @@ class Loop:
         self.channel = channel
         self.page = page
         self.facts = facts
+        self.accounts = accounts
+        self.correction = Correction()
+        self.counts: Counter[str] = Counter()
+        self.decided_by = ""
+        self.status_at = 0.0
+        self.peak = 0
+        self.runnable = False
         self.context_length = context_length
         self.eos_ids = eos_ids
         self.vocab_size = vocab_size
@@ -98,18 +126,60 @@ class Loop:
             if not self.pipelined or (self.in_flight is not None and self.in_flight.chunk is not None):
                 # Two chunks in flight would hold two chunks' activations at a time.
                 self._read()
-            plan = schedule(self.sequences.values(), self.facts)
+            plan = self._plan()
+            self.runnable = bool(plan)
             launched = self._launch(plan) if plan else None
             self._read()
             self.in_flight = launched
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
+        self._say_status()
+
+    # -- decisions ------------------------------------------------------------------------------------
+
+    def _plan(self) -> Plan:
+        """Ask, apply measures, ask again, until there is a plan (perhaps an empty one: all wait)."""
+        while True:
+            facts = replace(
+                self.facts, departures=self.accounts.departures, correction=self.correction.factor
+            )
+            decision = schedule(self.sequences.values(), facts, self.accounts.room())
+            if isinstance(decision, Plan):
+                self.accounts.restore_pool(decision.transient)
+                return decision
+            if self.in_flight is not None and not isinstance(decision, Admit):
+                self._read()  # its transient is about to be free, and a row may end
+                continue
+            self._apply(decision)
+
+    def _apply(self, measure: Measure) -> None:
+        self.counts[type(measure).__name__.lower()] += 1
+        match measure:
+            case Admit(sequence, capacity):
+                self.accounts.admit(sequence, capacity)
+                sequence.row = self.runner.open(capacity)
+                sequence.capacity = capacity
+            case ClearPool():
+                self.accounts.clear_pool()
+            case Preempt(sequence):
+                log.info("preempting sequence %d at %d ids", sequence.id, sequence.computed)
+                self._leave(sequence)
+                sequence.restart()
+                sequence.preempted_at = self.accounts.departures
+            case GiveUp(sequence):
+                if len(sequence.tokens) > sequence.prompt_length:
+                    self._end(sequence, "length")
+                else:
+                    message = "The memory that this request needs is not free on this machine; busy, retry."
+                    self._end(sequence, "error", kind="OUT_OF_MEMORY", message=message)
+            case Evict():
+                raise AssertionError("nothing is cached")
 
     # -- messages -------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        idle = not self.sequences and self.in_flight is None
+        idle = self.in_flight is None and not self.runnable
         if idle:
             self.page.begin(Phase.IDLE)
         for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
@@ -128,6 +198,8 @@ class Loop:
                 sequence = self.sequences.get(message.id)
                 if sequence is not None:
                     self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
+            case wire.Budget():
+                self.accounts.set_budget(message.size)
             case wire.Shutdown():
                 raise ShutdownAsked
             case _:
@@ -142,11 +214,16 @@ class Loop:
         if reason is not None:
             self._end(sequence, reason)
 
+    def _leave(self, sequence: Sequence) -> None:
+        self.runner.close(sequence.row)
+        sequence.row = None
+        self.accounts.leave(sequence)
+
     def _end(self, sequence: Sequence, reason: str, *, computed: int | None = None, **error: str) -> None:
         del self.sequences[sequence.id]
         if sequence.row is not None:
-            self.runner.close(sequence.row)
-            sequence.row = None
+            self._leave(sequence)
+            self.accounts.departures += 1
         kept = sequence.computed if computed is None else computed
         self.report.ended.append(wire.Ended(sequence.id, reason, kept, **error))
 
@@ -158,13 +235,19 @@ class Loop:
     # -- one step -------------------------------------------------------------------------------------
 
     def _launch(self, plan: Plan) -> InFlight:
-        for sequence in plan.admit:
-            sequence.row = self.runner.open(sequence.first_capacity)
-        draws = self._launch_decode(plan.decode) if plan.decode else None
-        arrays = None
-        if plan.chunk is not None:
-            arrays = self._launch_chunk(plan.chunk)
-        return InFlight(plan.decode, draws, plan.chunk, arrays, time.monotonic())
+        for sequence, capacity in plan.grow:
+            self.accounts.grow(sequence, capacity)
+            sequence.capacity = capacity
+        lease = self.accounts.begin(plan.transient)
+        try:
+            for sequence, capacity in plan.grow:
+                self.runner.reserve(sequence.row, capacity)
+            draws = self._launch_decode(plan.decode) if plan.decode else None
+            arrays = None if plan.chunk is None else self._launch_chunk(plan.chunk)
+        except BaseException:
+            self.accounts.ledger.release(lease)
+            raise
+        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic())
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.page.begin(Phase.DECODE, [(s.id, s.launched) for s in rows])
@@ -179,6 +262,7 @@ class Loop:
             excluded = [tuple(self.eos_ids) if s.must_go_on else () for s in rows]
         draws = sample(logits, batch, [s.drawn for s in rows], history, inputs, excluded=excluded)
         mx.async_eval(draws)  # type: ignore[no-untyped-call]
+        self.facts = replace(self.facts, stacked=tuple(s.id for s in rows))
         for sequence in rows:
             sequence.launched += 1
         return draws
@@ -204,7 +288,8 @@ class Loop:
 
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
-        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.launched)])
+        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.launched)], self._predicted_seconds(chunk))
+        self.decided_by = chunk.decided_by
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
         arrays = self.runner.prefill(sequence.row, ids)
@@ -213,17 +298,33 @@ class Loop:
         sequence.launched += chunk.length
         return arrays
 
+    def _predicted_seconds(self, chunk: Chunk) -> float:
+        return chunk.length * (self.facts.seconds_per_prefill_id or 0.0)
+
     def _read(self) -> None:
         """Wait for the step in flight and book what it brought. Raises what MLX raises, also late."""
         step, self.in_flight = self.in_flight, None
         if step is None:
             return
-        if step.draws is not None:
-            self._read_draws(step)
-        if step.chunk is not None:
-            self._emit()
-            self._read_chunk(step)
+        try:
+            if step.draws is not None:
+                self._read_draws(step)
+            if step.chunk is not None:
+                self._emit()
+                self._read_chunk(step)
+            self._observe(step)
+        finally:
+            self.accounts.ledger.release(step.lease)
         self.page.step_done()
+
+    def _observe(self, step: InFlight) -> None:
+        """Compare the step's peak with what was granted for it. Rows not yet written make it look smaller."""
+        peak = int(mx.get_peak_memory())
+        mx.reset_peak_memory()
+        self.peak = max(self.peak, peak)
+        ledger = self.accounts.ledger
+        lasting = ledger.held - ledger.balance(Account.TRANSIENT) - ledger.balance(Account.POOL)
+        self.correction.observe(step.lease.size, int((peak - lasting) * MARGIN))
 
     def _read_draws(self, step: InFlight) -> None:
         draws = step.draws
@@ -267,23 +368,53 @@ class Loop:
 
     def _recover(self, error: Exception) -> None:
         """Take every row back to its ids; fail those that were on board at the error before, too."""
-        log.error(
-            "a step failed, its rows are computed again: %s", error, exc_info=log.isEnabledFor(logging.DEBUG)
-        )
+        log.error("a step failed, its rows are computed again: %s", error)
+        log.debug("where it failed", exc_info=True)
+        if self.in_flight is not None:
+            self.accounts.ledger.release(self.in_flight.lease)
         self.in_flight = None
         self.sampling = None
-        for sequence in list(self.sequences.values()):
-            if sequence.row is None:
-                continue
-            self.runner.close(sequence.row)
+        self.counts["errors"] += 1
+        for sequence in [s for s in self.sequences.values() if s.row is not None]:
+            self._leave(sequence)
             sequence.restart()
             sequence.failures += 1
             if sequence.failures > 1:
-                self._end(
-                    sequence, "error", kind="INTERNAL", message=f"the engine could not compute this: {error}"
-                )
+                message = f"the engine could not compute this: {error}"
+                self._end(sequence, "error", kind="INTERNAL", message=message)
         self.runner.reset()
+        self.facts = replace(self.facts, stacked=())
         self._synchronise()
+
+    def _say_status(self) -> None:
+        now = time.monotonic()
+        if now - self.status_at < STATUS_EVERY:
+            return
+        self.status_at = now
+        self.channel.send(self.status())
+
+    def status(self) -> wire.Status:
+        """The books as they are."""
+        on_board = [s for s in self.sequences.values() if s.row is not None]
+        ledger = self.accounts.ledger
+        transient = ledger.balance(Account.TRANSIENT)
+        floor = ledger.held - ledger.balance(Account.POOL)
+        others = sum(self.accounts.rows[s.id].size for s in on_board)
+        oldest = min(on_board, key=lambda s: s.arrival, default=None)
+        least = floor - others + (self.accounts.rows[oldest.id].size if oldest else 0)
+        return wire.Status(
+            accounts=ledger.statement(),
+            budget=ledger.budget,
+            floor=floor,
+            least=least
+            + (0 if transient else self.facts.transient.decode([oldest.capacity] if oldest else [])),
+            active=int(mx.get_active_memory()),
+            pooled=int(mx.get_cache_memory()),
+            running=len(on_board),
+            waiting=len(self.sequences) - len(on_board),
+            counts=dict(self.counts),
+            decided_by=self.decided_by,
+        )
 
     def _synchronise(self) -> None:
         """Collect the errors that MLX still holds back, then hand freed memory back."""

@@ -1,4 +1,4 @@
-"""The engine's start: take over the descriptors, load and probe the model, say what it is, run the loop.
+"""The engine's start: take over the descriptors, learn the budget, load, probe and calibrate, run the loop.
 
 Exit codes: 0 when the front said so or is gone, 3 when the model cannot be served (a `Halt` has said why).
 Anything else is a death, which the supervisor answers with a restart.
@@ -8,40 +8,49 @@ from __future__ import annotations
 
 import faulthandler
 import logging
+import os
 import platform
 import sys
 from importlib.metadata import version
-from typing import Any
+from pathlib import Path
+from typing import TypeVar
 
 import mlx.core as mx
 
-from penstock import wire
-from penstock.engine import loader, probe
+from penstock import weights, wire
+from penstock.engine import calibrate, loader, probe, profile
+from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
 from penstock.engine.scheduler import Facts
+from penstock.memory.costs import Fit
+from penstock.memory.probe import system_probe
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone, adopt
-
-log = logging.getLogger("penstock.engine")
+from penstock.sizes import gigabytes
 
 EXIT_HALTED = 3
-POOL_LIMIT = 1 << 30
-"""Bytes that MLX's allocator may keep of freed buffers; its own default is nearly all of the memory."""
+M = TypeVar("M", bound=wire.ToEngine)
+
+
+class Refused(Exception):
+    """The model cannot be served here; the sentence says why."""
 
 
 def main() -> int:
     """Run the engine process to its end."""
     faulthandler.enable()
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(message)s")
+    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="%(levelname)s:%(message)s")
     channel, page = adopt(sys.argv[1:])
     try:
-        options = _await_start(channel)
+        options, inbox = _await(channel, wire.Start)
         page.begin(Phase.LOADING)
-        loop = _prepare(options, channel, page)
+        channel.send(_device())
+        budget, _ = _await(channel, wire.Budget, inbox)
+        loop = _prepare(options.options, budget, channel, page)
     except FrontGone:
         return 0
-    except loader.LoadError as problem:
+    except (loader.LoadError, Refused) as problem:
         channel.send(wire.Halt(str(problem)))
         channel.flush(5.0)
         return EXIT_HALTED
@@ -50,23 +59,53 @@ def main() -> int:
     return 0
 
 
-def _await_start(channel: EngineChannel) -> wire.EngineOptions:
+def _await(
+    channel: EngineChannel, kind: type[M], inbox: list[wire.ToEngine] | None = None
+) -> tuple[M, list[wire.ToEngine]]:
+    """The next message of `kind`, and what came behind it."""
     while True:
-        for message in channel.receive(None):
-            if isinstance(message, wire.Start):
-                return message.options
+        messages = inbox or channel.receive(None)
+        inbox = None
+        for at, message in enumerate(messages):
+            if isinstance(message, kind):
+                return message, messages[at + 1 :]
 
 
-def _prepare(options: wire.EngineOptions, channel: EngineChannel, page: Page) -> Loop:
-    mx.set_cache_limit(POOL_LIMIT)
+def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineChannel, page: Page) -> Loop:
     channel.send(wire.Loading("weights"))
+    _refuse_weights(options.model_path, budget)
+    mx.set_cache_limit(0)
     loaded = loader.load(options.model_path, trust_remote_code=options.trust_remote_code)
+    facts = loaded.facts
     channel.send(wire.Loading("probe"))
     page.begin(Phase.PROBE)
     found = probe.probe(loaded.model, forced=options.batch_mode)
     runner = Runner(loaded.model, mode=found.mode, reason=found.reason)
+    costs = calibrate.costs_of(runner)
+    room = budget.ceiling - facts.weights_bytes
+    key = profile.fingerprint(loaded.config, found.mode, options.prefill_step_size, room)
+    transient = profile.load(key)
+    if transient is None:
+        channel.send(wire.Loading("calibration"))
+        page.beat()
+        transient = calibrate.calibrate(
+            runner,
+            facts.vocab_size,
+            room=room,
+            context_length=facts.context_length,
+            longest=options.prefill_step_size,
+        )
+        profile.save(key, transient)
     mx.clear_cache()
-    facts = loaded.facts
+    accounts = Accounts(budget.ceiling, facts.weights_bytes, costs, mx.set_cache_limit)
+    accounts.set_budget(budget.size)
+    mx.set_memory_limit(budget.ceiling)
+    longest = Fit(costs, transient).longest(room, facts.context_length)
+    if longest == 0:
+        raise Refused(
+            f"the model's weights take {gigabytes(facts.weights_bytes)} and leave too little of "
+            f"{gigabytes(budget.ceiling)} ({budget.decided_by}) to compute a single token"
+        )
     channel.send(
         wire.Ready(
             model_type=facts.model_type,
@@ -74,13 +113,14 @@ def _prepare(options: wire.EngineOptions, channel: EngineChannel, page: Page) ->
             eos_ids=sorted(facts.eos_ids),
             vocab_size=facts.vocab_size,
             backend=_backend(),
-            device=_device(),
+            device=_name(),
             batch_mode=found.mode,
             batch_reason=found.reason,
             weights_bytes=facts.weights_bytes,
-            kv_bytes_per_token=facts.kv_bytes_per_token,
-            state_bytes=facts.state_bytes,
+            kv_bytes_per_token=costs.kv_per_token,
+            state_bytes=costs.fixed,
             versions={name: version(name) for name in ("mlx", "mlx-lm")},
+            longest=longest,
         )
     )
     return Loop(
@@ -92,7 +132,10 @@ def _prepare(options: wire.EngineOptions, channel: EngineChannel, page: Page) ->
             prompt_concurrency=options.prompt_concurrency,
             chunk_longest=options.prefill_step_size,
             stall_target=options.stall_target_ms / 1000,
+            costs=costs,
+            transient=transient,
         ),
+        accounts,
         context_length=facts.context_length,
         eos_ids=frozenset(facts.eos_ids),
         vocab_size=facts.vocab_size,
@@ -101,12 +144,36 @@ def _prepare(options: wire.EngineOptions, channel: EngineChannel, page: Page) ->
     )
 
 
+def _refuse_weights(path: str, budget: wire.Budget) -> None:
+    """Before anything is read into memory: weights that cannot fit would end in the system's own way."""
+    try:
+        size = weights.size(Path(path), widened=_backend() == "cpu")
+    except (weights.WeightsError, OSError) as error:
+        raise Refused(str(error)) from None
+    if size > budget.ceiling:
+        raise Refused(
+            f"the model's weights take {gigabytes(size)}, but only {gigabytes(budget.ceiling)} may be used "
+            f"({budget.decided_by}); take a smaller or more strongly quantised model, or raise that limit"
+        )
+
+
+def _device() -> wire.Device:
+    mx.eval(mx.zeros(1))  # starts MLX's own threads, which count
+    info = mx.device_info()
+    limit = {
+        "metal": info.get("max_recommended_working_set_size"),
+        "cuda": info.get("free_memory"),
+        "cpu": None,
+    }[_backend()]
+    used = system_probe().read(os.getpid()).private or 0
+    return wire.Device(_backend(), _name(), None if limit is None else int(limit), used)
+
+
 def _backend() -> str:
     if mx.metal.is_available():
         return "metal"
     return "cuda" if mx.default_device() == mx.Device(mx.gpu, 0) else "cpu"
 
 
-def _device() -> str:
-    info: dict[str, Any] = mx.device_info()
-    return str(info.get("device_name") or platform.machine())
+def _name() -> str:
+    return str(mx.device_info().get("device_name") or platform.machine())

@@ -1,11 +1,14 @@
-"""Decides what the next step runs. Pure: no MLX, no clock, no I/O; sequences are read, never changed.
+"""Decides what the next step runs, or what must be done first. Pure: no MLX, no clock, no I/O.
 
-`schedule(sequences, facts)` returns a `Plan`: which waiting sequences get a row, which rows decode, and at
-most one prefill chunk. Decode rows and the chunk are separate forward passes of the same step, so running
-streams wait for one chunk at most; its length comes from the stall target while any row decodes.
+`schedule(sequences, facts, room)` returns a `Plan` or one `Measure`. The loop applies a measure, reads the
+facts anew and asks again; each frees bytes, ends a sequence or takes one on board, so the rounds are bounded.
+Sequences are read, never changed.
 
-Which prompt gets the chunk: the one with the least prefill left, so that a short one does not wait minutes
-behind a long one; but the oldest prompt keeps at least half of the prefill, so that it cannot starve.
+A plan: rows that grow, rows that decode, at most one prefill chunk, and the bytes of the step's transient, so
+that the ledger can grant all of it before anything is launched. Measures for bytes that last (a row, a growth
+step), in order: clear the allocator's pool, evict cached segments, stop admitting, preempt the youngest row,
+end that one request. For a transient the chunk shrinks first, down to its floor. The oldest row is never
+preempted, so it ends, hence every row ends.
 """
 
 from __future__ import annotations
@@ -14,9 +17,22 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from penstock.engine.sequence import Sequence
+from penstock.memory.costs import CHUNK_FLOOR, Costs, grown
+from penstock.memory.predict import Transient
 
-CHUNK_FLOOR = 256
-"""Ids of prefill that a chunk has at least, whatever the stall target says: below it a GPU idles."""
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """The ledger's side of a decision, in bytes."""
+
+    free: int
+    """What can be reserved now."""
+    pool: int = 0
+    """What clearing the allocator's pool would free."""
+    evictable: int = 0
+    """What evicting cached segments would free."""
+    slack: int = 0
+    """From the budget up to the ceiling: a row that is alone on board may use it, so that it can end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,8 +43,16 @@ class Facts:
     prompt_concurrency: int
     chunk_longest: int
     stall_target: float
+    costs: Costs
+    transient: Transient
+    correction: float = 1.0
+    """How far measured transients exceed predicted ones at the moment. Shapes chunks, never admission."""
     seconds_per_prefill_id: float | None = None
     """Measured on the last chunks; None before the first."""
+    departures: int = 0
+    """Counts rows that left and rises of the budget: a preempted sequence comes back only after one."""
+    stacked: tuple[int, ...] = ()
+    """Ids of the sequences whose recurrent states are stacked now; another batch needs a new stack."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,51 +66,157 @@ class Chunk:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """One step's work."""
+    """One step's work; an empty one means that nothing can run before something arrives or ends."""
 
-    admit: tuple[Sequence, ...] = ()
+    grow: tuple[tuple[Sequence, int], ...] = ()
+    """Rows and their new capacities."""
     decode: tuple[Sequence, ...] = ()
     chunk: Chunk | None = None
+    transient: int = 0
+    """Bytes that the step may hold beyond its rows."""
 
     def __bool__(self) -> bool:
         return bool(self.decode) or self.chunk is not None
 
 
-def schedule(sequences: Iterable[Sequence], facts: Facts) -> Plan:
-    """The next step's work. Sequences without a row wait in order of arrival."""
+@dataclass(frozen=True, slots=True)
+class Admit:
+    """Give a waiting sequence a row of this capacity."""
+
+    sequence: Sequence
+    capacity: int
+
+
+@dataclass(frozen=True, slots=True)
+class ClearPool:
+    """Give the allocator's pool back to the system."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evict:
+    """Drop cached segments until `size` more bytes are free."""
+
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Preempt:
+    """Take a row's memory; its sequence waits and is computed again later."""
+
+    sequence: Sequence
+
+
+@dataclass(frozen=True, slots=True)
+class GiveUp:
+    """End the one sequence on board: nothing else is left to give, and its next step does not fit."""
+
+    sequence: Sequence
+
+
+Measure = Admit | ClearPool | Evict | Preempt | GiveUp
+
+
+def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | Measure:
+    """The next step's work, or what has to happen before it."""
     ordered = sorted(sequences, key=lambda s: s.arrival)
     on_board = [s for s in ordered if s.row is not None]
-    admit = _admit([s for s in ordered if s.row is None], on_board, facts)
-    rows = on_board + list(admit)
-    decode = tuple(s for s in rows if s.decodable)
-    return Plan(admit, decode, _chunk([s for s in rows if s.prefill_left], bool(decode), facts))
+    free = room.free + (room.slack if len(on_board) == 1 else 0)
+    decode = tuple(s for s in on_board if s.decodable)
+    grow = tuple((s, _next_capacity(s)) for s in decode if s.launched + 1 > s.capacity)
+    lasting, transient = _step_bytes(decode, grow, facts)
+    if lasting + transient > free:
+        return _make_room(lasting + transient - free, room, on_board)
+    free -= lasting + transient
+    chunk = _chunk([s for s in on_board if s.prefill_left], bool(decode), facts, free)
+    if chunk is not None:
+        needed = facts.transient.prefill(chunk.length, chunk.sequence.launched)
+        if needed > free:
+            return _make_room(needed - free, room, on_board)
+        transient += needed
+        free -= needed
+    return _admission(ordered, on_board, facts, room, free) or Plan(grow, decode, chunk, transient)
 
 
-def _admit(waiting: list[Sequence], on_board: list[Sequence], facts: Facts) -> tuple[Sequence, ...]:
-    rows = facts.decode_concurrency - len(on_board)
-    prompts = facts.prompt_concurrency - sum(1 for s in on_board if s.prefill_left)
-    admitted = []
-    for sequence in waiting:
-        if rows <= 0 or (sequence.prefill_left and prompts <= 0):
-            break
-        admitted.append(sequence)
-        rows -= 1
-        prompts -= bool(sequence.prefill_left)
-    return tuple(admitted)
+def _next_capacity(sequence: Sequence) -> int:
+    return min(grown(sequence.launched + 1), sequence.limit)
 
 
-def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts) -> Chunk | None:
+def _growth_step(sequence: Sequence, facts: Facts) -> int:
+    """Bytes of the next growth of a row, whenever it comes."""
+    return max(0, facts.costs.growth(sequence.capacity, min(grown(sequence.capacity), sequence.limit)))
+
+
+def _step_bytes(
+    decode: tuple[Sequence, ...], grow: tuple[tuple[Sequence, int], ...], facts: Facts
+) -> tuple[int, int]:
+    """Lasting and transient bytes of decoding these rows, some of which grow first."""
+    if not decode:
+        return 0, 0
+    lasting = sum(facts.costs.growth(s.capacity, new) for s, new in grow)
+    moving = max((facts.costs.moving(s.capacity) for s, _ in grow), default=0)
+    regroup = facts.costs.states * len(decode) if tuple(s.id for s in decode) != facts.stacked else 0
+    return lasting, facts.transient.decode(s.launched + 1 for s in decode) + moving + regroup
+
+
+def _make_room(lacking: int, room: Room, on_board: list[Sequence]) -> Measure:
+    """The next measure for bytes that the rows on board cannot do without."""
+    if room.pool > 0:
+        return ClearPool()
+    if room.evictable > 0:
+        return Evict(lacking)
+    return Preempt(on_board[-1]) if len(on_board) > 1 else GiveUp(on_board[0])
+
+
+def _admission(
+    ordered: list[Sequence], on_board: list[Sequence], facts: Facts, room: Room, free: int
+) -> Measure | None:
+    """Take the next waiting sequence on board, or make room for it at nobody's cost; None: it waits."""
+    sequence = next((s for s in ordered if s.row is None), None)
+    if sequence is None or len(on_board) >= facts.decode_concurrency:
+        return None
+    if sequence.prefill_left and sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency:
+        return None
+    returning = sequence.preempted_at is not None
+    if returning and on_board and sequence.preempted_at == facts.departures:
+        return None
+    headroom = sum(_growth_step(s, facts) for s in on_board) if returning else 0
+    capacity = sequence.first_capacity
+    lacking = _entry_bytes(sequence, capacity, facts) + headroom - free
+    if lacking > 0 and not on_board:
+        # Alone it may start with less room for its answer: what was accepted must be able to run.
+        capacity = min(capacity, sequence.least_capacity)
+        lacking = _entry_bytes(sequence, capacity, facts) - free
+    if lacking <= 0:
+        return Admit(sequence, capacity)
+    if lacking <= room.pool + room.evictable:
+        return ClearPool() if room.pool > 0 else Evict(lacking)
+    return None
+
+
+def _entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
+    """A row, and the costliest step it will ask for at the floor: what could not end is not begun."""
+    length = len(sequence.tokens)
+    floor = min(CHUNK_FLOOR, length)
+    step = max(facts.transient.prefill(floor, length - floor), facts.transient.decode([length]))
+    return facts.costs.row(capacity) + facts.costs.states + step
+
+
+def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts, free: int) -> Chunk | None:
+    """The next chunk; the floor, if no longer one fits into `free` bytes, whether or not the floor does."""
     if not prompts:
         return None
     sequence = choose_prompt(prompts)
-    longest, why = facts.chunk_longest, "prefill_step_size"
+    length, why = facts.chunk_longest, "prefill_step_size"
     if streams_run and facts.seconds_per_prefill_id:
         within = max(CHUNK_FLOOR, int(facts.stall_target / facts.seconds_per_prefill_id))
-        if within < longest:
-            longest, why = within, "stall target"
-    if sequence.prefill_left <= longest:
-        return Chunk(sequence, sequence.prefill_left, "end of prompt")
-    return Chunk(sequence, longest, why)
+        if within < length:
+            length, why = within, "stall target"
+    if sequence.prefill_left <= length:
+        length, why = sequence.prefill_left, "end of prompt"
+    fits = facts.transient.longest_chunk(int(free / facts.correction), sequence.launched, length)
+    if fits < length:
+        length, why = max(fits, min(CHUNK_FLOOR, length)), "memory"
+    return Chunk(sequence, length, why)
 
 
 def choose_prompt(prompts: list[Sequence]) -> Sequence:

@@ -13,10 +13,8 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+from penstock.memory.costs import FIRST_ROOM, grown
 from penstock.wire import Sampling, Submit, unpack_ids
-
-FIRST_ROOM = 1024
-"""Ids of an answer that a row has room for from the start; what is longer grows by steps."""
 
 
 class Sequence:
@@ -24,6 +22,7 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "capacity",
         "computed",
         "failures",
         "id",
@@ -32,6 +31,7 @@ class Sequence:
         "limit",
         "min_tokens",
         "passed_over",
+        "preempted_at",
         "prompt_length",
         "row",
         "sampling",
@@ -54,6 +54,8 @@ class Sequence:
         self.failures = 0
         self.passed_over = 0
         self.row: Any = None
+        self.capacity = 0
+        self.preempted_at: int | None = None
 
     @property
     def prefill_left(self) -> int:
@@ -82,13 +84,19 @@ class Sequence:
 
     @property
     def first_capacity(self) -> int:
-        """Ids that its row is opened for."""
-        room = min(self.limit - self.prompt_length, FIRST_ROOM)
-        return max(len(self.tokens), self.prompt_length + room) + 1
+        """Ids that its row is opened for: the prompt and the answer's first part, or what it has grown to."""
+        first = min(self.prompt_length + FIRST_ROOM, self.limit)
+        return first if len(self.tokens) < first else self.least_capacity
+
+    @property
+    def least_capacity(self) -> int:
+        """The least that it can start with: what is known of it and one growth step."""
+        return min(grown(len(self.tokens)), self.limit)
 
     def restart(self) -> None:
         """Forget what was computed: the ids stay, everything is to be computed again."""
         self.row = None
+        self.capacity = 0
         self.launched = 0
         self.computed = 0
 

@@ -90,6 +90,19 @@ class Ledger:
         self._buffers += buffers
         return lease
 
+    def take(self, account: Account, size: int, buffers: int, ceiling: int) -> Lease:
+        """A lease that was decided to fit, up to `ceiling`: the last row on board may pass a cut budget.
+
+        Raises LedgerError if it does not: the decision was wrong.
+        """
+        if size < 0 or self.held + size > max(ceiling, self.held):
+            raise LedgerError(f"{size} bytes for {account.value} with {self.held} of {ceiling} held")
+        lease = Lease(account, size, buffers)
+        self._leases.add(lease)
+        self._held[account] += size
+        self._buffers += buffers
+        return lease
+
     def commit(self, lease: Lease, size: int | None = None, buffers: int | None = None) -> None:
         """The bytes exist now. A smaller true size gives the rest back; a larger one is a wrong prediction.
 

@@ -6,8 +6,8 @@ The transient peak of a prefill chunk of c ids on top of k computed ones is
 
 `per_id` stands for activations, experts and the gated-delta states of chunked prefill, which grow with the
 chunk alone; `per_score` for attention scores where no fused kernel runs (query heads × item size, one layer
-at a time: shared term of every unfused attention); `base` for what is there in any step. A decode step of
-rows with lengths k1…kB is the same sum with c = 1 for each row.
+at a time); `base` for what is there in any step. A decode step of rows with lengths k1…kB is the same sum
+with c = 1 for each row, and scalars of its own: it has logits and draws, and other kernels.
 
 `fit` finds the scalars from measured steps, so that no measured step exceeds its prediction. `Correction`
 follows what is measured later: it rises at once and falls by decay, never a lasting maximum, and it shapes
@@ -16,6 +16,7 @@ chunks and margins, never admission.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -33,20 +34,32 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Transient:
-    """The fitted scalars, in bytes: of a step, of an id, of a (query, key) pair."""
+class Scalars:
+    """What was fitted for one kind of step, in bytes: of a step, of an id, of a (query, key) pair."""
 
     base: float
     per_id: float
     per_score: float
 
-    def prefill(self, chunk: int, context: int) -> int:
-        """Peak of a prefill chunk of `chunk` ids after `context` computed ones, margin included."""
-        return self._peak([(chunk, context)])
+    def peak(self, chunks: Sequence[tuple[int, int]]) -> int:
+        """Predicted peak of a step over (chunk, ids computed before), without margin."""
+        return math.ceil(_dot(_features(chunks), (self.base, self.per_id, self.per_score)))
+
+
+@dataclass(frozen=True, slots=True)
+class Transient:
+    """The predictor of a model on a device: a prefill chunk's scalars and a decode step's."""
+
+    chunk: Scalars
+    step: Scalars
+
+    def prefill(self, length: int, context: int) -> int:
+        """Peak in bytes of a prefill chunk of `length` ids after `context` computed ones, with margin."""
+        return math.ceil(MARGIN * self.chunk.peak([(length, context)]))
 
     def decode(self, lengths: Iterable[int]) -> int:
-        """Peak of a decode step over rows of these lengths, margin included."""
-        return self._peak([(1, length) for length in lengths])
+        """Peak in bytes of a decode step over rows of these lengths, with margin."""
+        return math.ceil(MARGIN * self.step.peak([(1, length) for length in lengths]))
 
     def longest_chunk(self, room: int, context: int, most: int) -> int:
         """The longest chunk, at most `most`, whose peak fits into `room` bytes; 0 if not even one id does."""
@@ -59,19 +72,13 @@ class Transient:
                 high = middle - 1
         return low
 
-    def _peak(self, chunks: Sequence[tuple[int, int]]) -> int:
-        features = _features(chunks)
-        return int(
-            MARGIN * (self.base * features[0] + self.per_id * features[1] + self.per_score * features[2])
-        )
-
 
 def _features(chunks: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
     ids = sum(chunk for chunk, _ in chunks)
     return 1.0, float(ids), float(sum(chunk * (context + chunk) for chunk, context in chunks))
 
 
-def fit(samples: Sequence[Sample]) -> Transient:
+def fit(samples: Sequence[Sample]) -> Scalars:
     """Scalars ≥ 0 with the least squared relative error, raised until no sample exceeds the fitted peak.
 
     Relative, because a long context's peak would drown a short one's. Solved over all subsets of the three
@@ -91,7 +98,7 @@ def fit(samples: Sequence[Sample]) -> Transient:
                 best = error, scalars
     raised = max(peak / max(_dot(features, best[1]), 1.0) for features, peak in rows)
     base, per_id, per_score = (scalar * max(1.0, raised) for scalar in best[1])
-    return Transient(base, per_id, per_score)
+    return Scalars(base, per_id, per_score)
 
 
 def _dot(features: Sequence[float], scalars: Sequence[float]) -> float:

@@ -48,6 +48,8 @@ class Reading:
     pressure: Pressure = Pressure.NORMAL
     footprint: int | None = None
     """What the system charges to the process asked about."""
+    private: int | None = None
+    """Linux: what RLIMIT_DATA counts of that process (heap, stacks, anonymous maps)."""
 
 
 class Probe(Protocol):
@@ -92,14 +94,12 @@ class LinuxProbe:
         room = self._cgroup_room()
         if room is not None:
             available = room if available is None else min(available, room)
-        return Reading(available, self._pressure(), self._footprint(pid))
+        status = _kilobyte_lines(self._text(f"proc/{pid}/status"))
+        footprint = status["VmRSS"] + status.get("VmSwap", 0) if "VmRSS" in status else None
+        return Reading(available, self._pressure(), footprint, status.get("VmData"))
 
     def _meminfo(self) -> dict[str, int]:
         return _kilobyte_lines(self._text("proc/meminfo"))
-
-    def _footprint(self, pid: int) -> int | None:
-        status = _kilobyte_lines(self._text(f"proc/{pid}/status"))
-        return status["VmRSS"] + status.get("VmSwap", 0) if "VmRSS" in status else None
 
     def _pressure(self) -> Pressure:
         shares = {}

@@ -20,11 +20,13 @@ import msgspec
 
 from penstock import wire
 from penstock.errors import Kind, PenstockError
+from penstock.memory.probe import system_probe
 from penstock.supervisor import machine as m
 from penstock.supervisor.channel import FrontChannel
 from penstock.supervisor.journal import Entry, Journal, guilty, in_order_of_resubmission
 from penstock.supervisor.process import COMMAND, EngineProcess, describe_exit
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
+from penstock.supervisor.warden import Warden
 
 __all__ = ["Backend", "Done", "Finished", "Job", "Progress", "Ticket", "TicketStats", "Tokens"]
 
@@ -61,8 +63,11 @@ class Backend:
         policy: m.Policy | None = None,
         limits: m.HangLimits | None = None,
         environment: Mapping[str, str] | None = None,
+        warden: Warden | None = None,
     ) -> None:
         self.command = command
+        self.warden = warden or Warden(system_probe())
+        self.status: wire.Status | None = None
         self.environment = environment
         self.ready: wire.Ready | None = None
         self.stage = ""
@@ -142,6 +147,9 @@ class Backend:
     def snapshot(self) -> dict[str, Any]:
         """How things are, for /health: plain values, taken without asking the engine."""
         entries = list(self._journal)
+        memory = None
+        if self.status is not None:
+            memory = {**msgspec.structs.asdict(self.status), "ceiling": self.warden.ceiling}
         snapshot: dict[str, Any] = {
             "state": self.state,
             "reason": self.reason,
@@ -151,6 +159,7 @@ class Backend:
             "ending": sum(entry.life.state is m.SequenceState.ENDING for entry in entries),
             "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
             "journal_bytes": self._journal.bytes,
+            "memory": memory,
             "engine": None,
         }
         if self._engine is not None:
@@ -193,6 +202,7 @@ class Backend:
         assert self._options is not None
         self._epoch += 1
         self.stage = ""
+        self.status = None
         try:
             engine = self._engine = _Engine(self, self._epoch, self._limits)
         except OSError as error:
@@ -270,6 +280,10 @@ class Backend:
         match message:
             case wire.Step():
                 self._step(message)
+            case wire.Device():
+                engine.channel.send(self.warden.device(message, monotonic()))
+            case wire.Status():
+                self.status = message
             case wire.Loading(stage):
                 self.stage = stage
             case wire.Ready():
@@ -373,6 +387,9 @@ class Backend:
         engine = self._engine
         if engine is None or engine.verdict is not None:
             return
+        budget = self.warden.look(engine.process.pid, self.status, monotonic())
+        if budget is not None:
+            engine.channel.send(budget)
         busy = len(self._journal) > 0 or self._life.state is not m.State.READY
         still = engine.watch.hung(monotonic(), engine.process.page.read(), busy)
         if still is not None:

@@ -18,9 +18,9 @@ from penstock.memory.probe import GiB, Machine, MiB, Pressure, Reading
 RESERVE, RESERVE_SHARE = 2 * GiB, 0.08
 """What stays free of a limit that nobody chose for us: for the system and for what MLX does not count."""
 SMALL_SHARE = 0.25
-"""The reserve is at most this share of the limit, so that a small machine keeps something to work with."""
+"""The reserve is at most this share of a limit, so that a small machine keeps something."""
 OVERHEAD_SHARE = 0.06
-"""Of a limit that was set for our processes: allocator overhead and thread stacks, which it counts as well."""
+"""Of a limit on processes: allocator overhead and thread stacks, which it counts as well."""
 RISE_SHARE, RISE_SECONDS = 0.05, 10.0
 """The budget rises by this share of the ceiling in this time."""
 WARN_SHARE, CRITICAL_SHARE = 0.95, 0.80

@@ -1,0 +1,87 @@
+"""The engine's books: which sequence holds which lease, and the allocator's pool as one more holder.
+
+The loop asks here before anything is allocated; the ledger does the arithmetic. Pure but for the pool's two
+calls, which are handed in. Invariant: every row on board has exactly one lease, of its capacity's cost, and
+every launched step one for its transient until it has been read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from penstock.engine.scheduler import Room
+from penstock.engine.sequence import Sequence
+from penstock.memory.costs import Costs
+from penstock.memory.ledger import Account, Lease, Ledger
+
+POOL_LIMIT = 1 << 30
+POOL_SHARE = 0.05
+"""The allocator may keep this share of the ceiling in freed buffers, at most 1 GiB."""
+
+
+class Accounts:
+    """Leases of the weights, the pool, the rows and the step in flight."""
+
+    def __init__(
+        self, ceiling: int, weights: int, costs: Costs, set_pool: Callable[[int], object] = lambda limit: None
+    ) -> None:
+        """`set_pool` caps what the allocator keeps, in bytes; 0 makes it give everything back."""
+        self.ceiling = ceiling
+        self.costs = costs
+        self.ledger = Ledger(ceiling)
+        self.set_pool = set_pool
+        self.departures = 0
+        self.rows: dict[int, Lease] = {}
+        self._weights = self._take(Account.WEIGHTS, weights)
+        self._pool: Lease | None = None
+        self.restore_pool()
+
+    def set_budget(self, budget: int) -> None:
+        """A new budget, at most the ceiling; more of it lets preempted sequences come back."""
+        budget = min(budget, self.ceiling)
+        self.departures += budget > self.ledger.budget
+        self.ledger.budget = budget
+
+    def room(self, evictable: int = 0) -> Room:
+        """What the scheduler may count on."""
+        pool = 0 if self._pool is None else self._pool.size
+        return Room(self.ledger.room, pool, evictable, self.ceiling - self.ledger.budget)
+
+    def admit(self, sequence: Sequence, capacity: int) -> None:
+        """A row's lease. The scheduler has found that it fits."""
+        self.rows[sequence.id] = self._take(Account.LIVE_KV, self.costs.row(capacity), self.costs.buffers)
+
+    def grow(self, sequence: Sequence, capacity: int) -> None:
+        """A row's lease for a larger capacity."""
+        lease = self.rows[sequence.id]
+        more = self._take(Account.LIVE_KV, self.costs.growth(sequence.capacity, capacity))
+        size = lease.size + more.size
+        self.ledger.release(more)
+        self.ledger.correct(lease, size, lease.buffers)
+
+    def leave(self, sequence: Sequence) -> None:
+        """A row's memory is free."""
+        self.ledger.release(self.rows.pop(sequence.id))
+
+    def begin(self, transient: int) -> Lease:
+        """The lease of a step's transient, to be released when the step was read."""
+        return self._take(Account.TRANSIENT, transient)
+
+    def clear_pool(self) -> None:
+        """The allocator gives back what it keeps, and keeps nothing until there is room again."""
+        self.set_pool(0)
+        if self._pool is not None:
+            self.ledger.release(self._pool)
+            self._pool = None
+
+    def restore_pool(self, planned: int = 0) -> None:
+        """Let the allocator keep freed buffers again, if there is room for twice as many beside a plan."""
+        limit = int(min(POOL_LIMIT, self.ceiling * POOL_SHARE))
+        if self._pool is None and self.ledger.room - planned >= 2 * limit:
+            self._pool = self._take(Account.POOL, limit)
+            self.set_pool(limit)
+
+    def _take(self, account: Account, size: int, buffers: int = 0) -> Lease:
+        lease = self.ledger.take(account, size, buffers, self.ceiling)
+        lease.committed = True
+        return lease

@@ -1,0 +1,63 @@
+"""The predictor's scalars, kept from one start to the next: the second start does not measure again.
+
+One small JSON file per fingerprint of everything that shapes a step. A file that can't be read or written
+costs a calibration, never a start.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from penstock import __version__
+from penstock.memory.predict import Scalars, Transient
+
+
+def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: int) -> str:
+    """Names the measured situation: model, software, device, batch mode, and how much room there was."""
+    known = {
+        "config": json.loads(json.dumps(config, default=str)),
+        "versions": [__version__, *(version(name) for name in ("mlx", "mlx-lm"))],
+        "device": {k: v for k, v in mx.device_info().items() if k not in ("free_memory", "uuid")},
+        "mode": mode,
+        "longest_chunk": longest_chunk,
+        "room": room.bit_length(),
+        "preload": "openblas" in os.environ.get("LD_PRELOAD", ""),
+    }
+    return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()[:32]
+
+
+def load(key: str) -> Transient | None:
+    """The scalars stored under `key`, or None."""
+    try:
+        stored = json.loads(_path(key).read_text())
+        return Transient(Scalars(*map(float, stored["chunk"])), Scalars(*map(float, stored["step"])))
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def save(key: str, transient: Transient) -> None:
+    """Store the scalars; readers see the old file or the whole new one."""
+    path = _path(key)
+    kinds = {"chunk": transient.chunk, "step": transient.step}
+    text = json.dumps({name: [s.base, s.per_id, s.per_score] for name, s in kinds.items()})
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError:
+        return
+
+
+def _path(key: str) -> Path:
+    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(caches) / "penstock" / "profiles" / f"{key}.json"

@@ -1,0 +1,67 @@
+"""Reads the machine's memory about once a second and tells the engine its budget.
+
+Owns the governor of the present engine; a new engine gets a new one, since its device may have changed.
+Invariant: an engine is told a budget before it loads anything.
+"""
+
+from __future__ import annotations
+
+from penstock import wire
+from penstock.log import repeated
+from penstock.memory.probe import Pressure, Probe
+from penstock.sizes import gigabytes
+from penstock.supervisor.budget import Governor, ceiling
+
+NOTICEABLE = 0.01
+"""Changes of the budget below this share of the ceiling are not worth a message."""
+
+
+class Warden:
+    """The budget's keeper on the front's side."""
+
+    def __init__(self, probe: Probe, asked: int | None = None) -> None:
+        """`asked`: --memory-limit in bytes."""
+        self.probe = probe
+        self.asked = asked
+        self.governor: Governor | None = None
+        self._told = 0
+
+    @property
+    def ceiling(self) -> int | None:
+        """Bytes that the engine may ever hold; None before it has said what it computes on."""
+        return None if self.governor is None else self.governor.limit.size
+
+    def device(self, device: wire.Device, now: float) -> wire.Budget:
+        """The first budget of a new engine: its ceiling."""
+        machine = self.probe.machine()
+        limit = ceiling(machine, device=device.limit, asked=self.asked, used=device.used)
+        self.governor = Governor(limit, now)
+        self._told = limit.size
+        return self._message()
+
+    def look(self, pid: int, status: wire.Status | None, now: float) -> wire.Budget | None:
+        """Follow the system; a message if the budget has changed enough to tell.
+
+        Rows on board are touched only at critical pressure, and then never the oldest.
+        """
+        if self.governor is None or status is None:
+            return None
+        reading = self.probe.read(pid)
+        floor = status.least if reading.pressure is Pressure.CRITICAL else status.floor
+        before = self.governor.budget
+        budget = self.governor.update(reading, floor, now)
+        if budget < before * (1 - NOTICEABLE):
+            why = self.governor.decided_by
+            repeated("budget", f"memory budget cut to {gigabytes(budget)}: {why}")
+        full = budget == self.governor.limit.size
+        if abs(budget - self._told) < self.governor.limit.size * NOTICEABLE and not (
+            full and budget != self._told
+        ):
+            return None
+        self._told = budget
+        return self._message()
+
+    def _message(self) -> wire.Budget:
+        assert self.governor is not None
+        limit = self.governor.limit
+        return wire.Budget(self._told, limit.size, self.governor.decided_by)

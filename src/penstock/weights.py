@@ -1,0 +1,52 @@
+"""How large a model's weights are, from the headers of its safetensors files: nothing is loaded.
+
+A safetensors file begins with the length of a JSON header (uint64, little-endian) that names every tensor's
+dtype, shape and place. Refuses a header longer than the format's own bound, so a damaged file costs nothing.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+MAX_HEADER = 100_000_000
+"""Bytes; the bound that the format's own library sets."""
+_HALF = ("F16", "BF16")
+
+
+class WeightsError(ValueError):
+    """A file is not a whole safetensors file. One sentence says which."""
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The tensors of a file: name to {dtype, shape, data_offsets}. Raises WeightsError, OSError."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if not 2 <= size <= MAX_HEADER:
+            raise WeightsError(f"{path} is no safetensors file.")
+        try:
+            found = json.loads(file.read(size))
+        except ValueError:
+            raise WeightsError(f"{path} has a damaged header.") from None
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path} has a damaged header.")
+    found.pop("__metadata__", None)
+    return found
+
+
+def resident(headers: Mapping[str, Any], *, widened: bool) -> int:
+    """Bytes that the tensors take when loaded; `widened`: half precision becomes float32, as on CPUs."""
+    total = 0
+    for tensor in headers.values():
+        start, end = tensor["data_offsets"]
+        total += (end - start) * (2 if widened and tensor["dtype"] in _HALF else 1)
+    return total
+
+
+def size(directory: Path, *, widened: bool) -> int:
+    """Bytes of all weights in a model directory. Raises WeightsError, OSError."""
+    return sum(
+        resident(header(path), widened=widened) for path in sorted(directory.glob("model*.safetensors"))
+    )
