@@ -72,13 +72,9 @@ class Silence:
         if self._sending and quiet >= self._patience:
             self._exchange.cut()
         elif not self._sending and quiet >= self._interval:
-            self._task = self._loop.create_task(self._still_here())
+            self._task = self._loop.create_task(self.send(self._keepalive))
             quiet = 0.0
         self._timer = self._loop.call_later(max(self._interval - quiet, self._interval / 4), self._due)
-
-    async def _still_here(self) -> None:
-        if not self._exchange.complete:
-            await self.send(self._keepalive)
 
     def stop(self) -> None:
         self._timer.cancel()
