@@ -1,0 +1,165 @@
+"""The prompt cache's arrays: segments of keys and values, snapshots of what cannot be cut, and the way back.
+
+A segment holds a run of ids over all attention layers, packed into one array per (heads, width, dtype), so
+that a long prompt costs hundreds of live buffers and not tens of thousands. A snapshot holds recurrent
+states and sliding windows at one position; recurrent arrays are replaced and never written, so it only
+refers to them. Owns no policy and keeps no list: what it returns belongs to the tree.
+
+Invariant: what is returned is evaluated and owns its bytes: no view of a row's buffer leaves this module, and
+no reader of a row is pending when the next step writes to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+from mlx_lm.models.cache import ArraysCache, RotatingKVCache
+
+from penstock.engine.rows import Row, RowKV
+
+
+@dataclass(slots=True, eq=False)
+class Segment:
+    """Keys and values of `count` ids: one array (buffers, heads, count, width) per group. `size` in bytes."""
+
+    arrays: list[mx.array]
+    order: tuple[tuple[int, int], ...]
+    """Where the keys and then the values of each layer are: (group, place in it)."""
+    count: int
+    size: int
+
+
+@dataclass(slots=True, eq=False)
+class Snapshot:
+    """States and windows at `position`. `parts` are per leaf, in the row's order; None for plain KV."""
+
+    position: int
+    parts: list[Any]
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """`count` ids from `start` of a segment, or of a live row."""
+
+    source: Segment | Row
+    start: int
+    count: int
+
+
+def obstacle(row: Row) -> str | None:
+    """Why rows of this model cannot be cached: a cache class without an exact rule. None: they can."""
+    for leaf in row.leaves:
+        plain = type(leaf) in (RowKV, ArraysCache)
+        window = type(leaf) is RotatingKVCache and leaf.keep == 0
+        if not plain and not window:
+            return type(leaf).__name__
+    return None
+
+
+def needs_snapshots(row: Row) -> bool:
+    """Whether a hit is possible only where a snapshot is: some layer can't be cut at any id."""
+    return len(row.kv) < len(row.leaves)
+
+
+def pack(row: Row, start: int, count: int) -> Segment:
+    """Copy `count` positions of a row from `start` on into a segment of its own."""
+    groups: dict[tuple[int, int, mx.Dtype], list[mx.array]] = {}
+    order = []
+    for buffer in _buffers(row):
+        kind = (buffer.shape[1], buffer.shape[3], buffer.dtype)
+        members = groups.setdefault(kind, [])
+        order.append((list(groups).index(kind), len(members)))
+        members.append(buffer[0, :, start : start + count])
+    return _segment([mx.stack(members) for members in groups.values()], tuple(order), count)
+
+
+def cut(segment: Segment, at: int) -> tuple[Segment, Segment]:
+    """Two segments in place of one, of `at` ids and of the rest; both are copies."""
+    first = [mx.contiguous(array[:, :, :at]) for array in segment.arrays]
+    rest = [mx.contiguous(array[:, :, at:]) for array in segment.arrays]
+    return _segment(first, segment.order, at), _segment(rest, segment.order, segment.count - at)
+
+
+def assemble(row: Row, parts: Sequence[Part]) -> None:
+    """Fill an empty row with the keys and values of `parts`, one after the other, with room to its capacity.
+
+    Layer by layer, each evaluated before the next, so that nothing exists twice but what is read.
+    """
+    length = sum(part.count for part in parts)
+    pieces = [_pieces(part) for part in parts]
+    for layer, leaf in enumerate(row.kv):
+        leaf.keys, leaf.values = (
+            _joined([piece[2 * layer + which] for piece in pieces], row.capacity - length) for which in (0, 1)
+        )
+        leaf.offset = length
+        mx.eval(leaf.keys, leaf.values)
+    row.length = length
+
+
+def snapshot(row: Row, position: int) -> Snapshot:
+    """What a row holds at its present position besides plain keys and values, to come back to it later."""
+    parts: list[Any] = []
+    arrays: list[mx.array] = []
+    for leaf in row.leaves:
+        if isinstance(leaf, ArraysCache):
+            held = list(leaf.cache)
+            parts.append(held)
+            arrays += [x for x in held if x is not None]
+        elif isinstance(leaf, RotatingKVCache):
+            window = _window(leaf)
+            parts.append(window)
+            arrays += window
+        else:
+            parts.append(None)
+    mx.eval(arrays)
+    return Snapshot(position, parts, int(mx.get_array_buffer_size(arrays)))
+
+
+def restore(row: Row, taken: Snapshot) -> None:
+    """Bring an assembled row's states and windows to the snapshot's position."""
+    for leaf, part in zip(row.leaves, taken.parts, strict=True):
+        if isinstance(leaf, ArraysCache):
+            leaf.cache = list(part)
+        elif isinstance(leaf, RotatingKVCache):
+            leaf.keys, leaf.values = part
+            leaf.offset, leaf._idx = taken.position, int(leaf.keys.shape[2])
+    row.length = taken.position
+
+
+def _segment(arrays: list[mx.array], order: tuple[tuple[int, int], ...], count: int) -> Segment:
+    mx.eval(arrays)
+    return Segment(arrays, order, count, int(mx.get_array_buffer_size(arrays)))
+
+
+def _buffers(row: Row) -> list[mx.array]:
+    """The keys and then the values of each plain layer, each (1, heads, capacity, width)."""
+    return [buffer for leaf in row.kv for buffer in (leaf.keys, leaf.values) if buffer is not None]
+
+
+def _pieces(part: Part) -> list[mx.array]:
+    """Views of a part in the row's order, each (heads, count, width)."""
+    end = part.start + part.count
+    if isinstance(part.source, Row):
+        return [buffer[0, :, part.start : end] for buffer in _buffers(part.source)]
+    source = part.source
+    return [source.arrays[group][place, :, part.start : end] for group, place in source.order]
+
+
+def _joined(pieces: list[mx.array], room: int) -> mx.array:
+    """One buffer (1, heads, ids + room, width) that owns its bytes."""
+    heads, _, width = pieces[0].shape
+    tail = [mx.zeros((heads, room, width), pieces[0].dtype)] if room else []
+    whole = pieces + tail
+    joined = mx.concatenate(whole, axis=1) if len(whole) > 1 else mx.contiguous(pieces[0])
+    return joined[None]
+
+
+def _window(cache: RotatingKVCache) -> list[mx.array]:
+    """A window's keys and values in order of time, at most its size of them, as copies."""
+    held = min(int(cache.offset), int(cache.max_size))
+    ordered = [cache._temporal_order(x) for x in (cache.keys, cache.values)]
+    return [mx.contiguous(x[:, :, x.shape[2] - held :]) for x in ordered]
