@@ -197,6 +197,9 @@ BANNER = log.Banner(
     weights_bytes=8_000_000,
     kv_bytes_per_token=4096,
     state_bytes=1_250_000,
+    ceiling=23_100_000_000,
+    decided_by="physical memory",
+    longest=8192,
     host="127.0.0.1",
     port=8080,
     seconds=1.23,
@@ -212,7 +215,10 @@ def test_the_banner_tells_what_is_served_in_few_lines() -> None:
     )
     assert "demo model: 4M parameters, for trying the server, not for answers" in lines
     assert "serving http://127.0.0.1:8080/v1" in lines
-    assert len(lines) <= 6
+    assert (
+        "memory 23.1 GB (physical memory): 23.1 GB beside the weights, longest prompt 8,192 tokens" in lines
+    )
+    assert len(lines) <= 7
 
 
 def test_addresses_are_ones_that_a_client_can_use() -> None:

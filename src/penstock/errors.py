@@ -76,6 +76,4 @@ class PenstockError(Exception):
     def openai(self) -> dict[str, dict[str, str | None]]:
         """The error body of OpenAI's APIs."""
         row = self.kind.value
-        return {
-            "error": {"message": self.message, "type": row.type, "param": self.param, "code": row.code}
-        }
+        return {"error": {"message": self.message, "type": row.type, "param": self.param, "code": row.code}}

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import socket
@@ -120,6 +121,8 @@ class _Front:
             server.should_exit = True
             return
         self.service.set_text(text)
+        gc.collect()
+        gc.freeze()  # the tokenizer's tables live as long as the process
         self.backend.start(_engine_options(path, text, self.options))
         try:
             ready = await self.backend.wait_ready()
@@ -141,6 +144,9 @@ class _Front:
                 weights_bytes=ready.weights_bytes,
                 kv_bytes_per_token=ready.kv_bytes_per_token,
                 state_bytes=ready.state_bytes,
+                ceiling=ready.ceiling,
+                decided_by=ready.decided_by,
+                longest=ready.max_model_len,
                 host=host,
                 port=port,
                 seconds=time.monotonic() - self.began,

@@ -256,6 +256,9 @@ class Banner:
     weights_bytes: int
     kv_bytes_per_token: int
     state_bytes: int
+    ceiling: int
+    decided_by: str
+    longest: int
     host: str
     port: int
     seconds: float
@@ -263,7 +266,7 @@ class Banner:
     keyed: bool = False
 
     def lines(self) -> list[str]:
-        """At most six lines; the last two can be pasted into a shell as they are."""
+        """At most seven lines; the last two can be pasted into a shell as they are."""
         url = base_url(self.host, self.port)
         state = f" + {self.state_bytes / 1e6:,.1f} MB a sequence" if self.state_bytes else ""
         said = [
@@ -271,6 +274,12 @@ class Banner:
             f"context {self.context_length:,} tokens, weights {gigabytes(self.weights_bytes)}, "
             f"KV {self.kv_bytes_per_token / 1e3:,.1f} KB a token{state}",
         ]
+        if self.ceiling:
+            said.append(
+                f"memory {gigabytes(self.ceiling)} ({self.decided_by}): "
+                f"{gigabytes(self.ceiling - self.weights_bytes)} beside the weights, "
+                f"longest prompt {self.longest:,} tokens"
+            )
         if self.demo:
             said.append("demo model: 4M parameters, for trying the server, not for answers")
         said.append(f"serving {url}/v1")

@@ -141,6 +141,14 @@ class Ready(msgspec.Struct, frozen=True, tag="ready"):
     versions: dict[str, str]
     longest: int = 0
     """The longest sequence that the ceiling holds beside the weights; 0: the memory sets no limit."""
+    ceiling: int = 0
+    """Bytes that the engine may ever hold, and what decided that."""
+    decided_by: str = ""
+
+    @property
+    def max_model_len(self) -> int:
+        """Ids that a prompt and its answer may have together: by the model and by the memory."""
+        return min(self.context_length, self.longest or self.context_length)
 
 
 class Halt(msgspec.Struct, frozen=True, tag="halt"):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from array import array
 
+import msgspec
 import pytest
+from tests.support.fake_backend import READY
 
 from penstock import wire
 from penstock.api import params
@@ -75,11 +77,15 @@ def test_most_tokens() -> None:
 
 
 def test_a_prompt_needs_room_for_one_token() -> None:
-    params.check_length(49, 50, "messages")
+    ready = msgspec.structs.replace(READY, context_length=50)
+    params.check_length(49, ready, "messages")
     with pytest.raises(
         PenstockError, match="maximum context length is 50 tokens, but the prompt has 50 tokens"
     ):
-        params.check_length(50, 50, "messages")
+        params.check_length(50, ready, "messages")
+    tight = msgspec.structs.replace(ready, longest=30, ceiling=2_000_000_000, decided_by="the rlimit")
+    with pytest.raises(PenstockError, match=r"length is 30 tokens.*takes 50.*2.0 GB, the rlimit"):
+        params.check_length(30, tight, "messages")
 
 
 def test_ids() -> None:

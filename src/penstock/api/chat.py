@@ -55,7 +55,7 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
     tools = None if request.tool_choice == "none" else _tools(raw, request)
     encode = partial(_encode_chat, text, raw["messages"], tools, request)
     ids, in_reasoning = await asyncio.get_running_loop().run_in_executor(service.pool, encode)
-    params.check_length(len(ids), context, "messages")
+    params.check_length(len(ids), ready, "messages")
     job = Job(
         prompt=ids,
         sampling=sampling,

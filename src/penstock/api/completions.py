@@ -61,7 +61,7 @@ async def prepare(service: Service, request: CompletionRequest) -> Plan:
     jobs = []
     for path, prompt in prompts:
         ids = await _ids(service, text, prompt, path, ready.vocab_size)
-        params.check_length(len(ids), context, path)
+        params.check_length(len(ids), ready, path)
         jobs.append(
             Job(
                 prompt=ids,

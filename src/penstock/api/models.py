@@ -18,7 +18,7 @@ _OPENAPI = msgspec.json.encode(schema.openapi(__version__))
 def _model(service: Service, name: str) -> dict[str, Any]:
     model = {"id": name, "object": "model", "created": service.created, "owned_by": "penstock"}
     ready = service.backend.ready
-    return model if ready is None else model | {"max_model_len": ready.context_length}
+    return model if ready is None else model | {"max_model_len": ready.max_model_len}
 
 
 async def listed(service: Service, exchange: Exchange) -> None:
@@ -51,7 +51,7 @@ async def health(service: Service, exchange: Exchange) -> None:
         "model": service.model_name,
         "batch_mode": ready.batch_mode,
         "batch_reason": ready.batch_reason,
-        "max_model_len": ready.context_length,
+        "max_model_len": ready.max_model_len,
         "backend": ready.backend,
         "device": ready.device,
         "weights_bytes": ready.weights_bytes,

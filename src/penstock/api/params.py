@@ -14,6 +14,7 @@ from penstock import wire
 from penstock.api.generation import Plan
 from penstock.api.schema import ChatRequest, CompletionRequest, Sampled
 from penstock.errors import Kind, PenstockError
+from penstock.sizes import gigabytes
 from penstock.supervisor.ticket import Job
 from penstock.text.assembler import Assembler
 
@@ -159,15 +160,23 @@ def check_ids(ids: Sequence[int], vocab_size: int, path: str) -> array[int]:
     return packed
 
 
-def check_length(length: int, context: int, param: str) -> None:
-    """A prompt must leave room for one token. Raises CONTEXT_LENGTH with both numbers."""
-    if length + 1 > context:
-        raise PenstockError(
-            Kind.CONTEXT_LENGTH,
-            f"This model's maximum context length is {context} tokens, but the prompt has {length} tokens. "
-            "Please shorten it.",
-            param=param,
+def check_length(length: int, ready: wire.Ready, param: str) -> None:
+    """A prompt must leave room for one token. Raises CONTEXT_LENGTH with both numbers and what decides."""
+    most = ready.max_model_len
+    if length + 1 <= most:
+        return
+    why = ""
+    if most < ready.context_length:
+        why = (
+            f" The model itself takes {ready.context_length}; the memory that may be used here "
+            f"({gigabytes(ready.ceiling)}, {ready.decided_by}) holds no more."
         )
+    raise PenstockError(
+        Kind.CONTEXT_LENGTH,
+        f"This model's maximum context length is {most} tokens, but the prompt has {length} tokens.{why} "
+        "Please shorten it.",
+        param=param,
+    )
 
 
 def plan(request: Sampled, jobs: list[Job], assembler: Callable[[], Assembler], retained: int = 0) -> Plan:

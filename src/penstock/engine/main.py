@@ -121,6 +121,8 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
             state_bytes=costs.fixed,
             versions={name: version(name) for name in ("mlx", "mlx-lm")},
             longest=longest,
+            ceiling=budget.ceiling,
+            decided_by=budget.decided_by,
         )
     )
     return Loop(

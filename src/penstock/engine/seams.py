@@ -74,7 +74,7 @@ def split(batch: mx.array, rows: int) -> list[mx.array]:
     return [batch] if rows == 1 else list(mx.split(batch, rows, axis=0))
 
 
-def attention(  # noqa: PLR0917 - mlx-lm's signature
+def attention(
     queries: mx.array,
     keys: Any,
     values: Any,
