@@ -9,8 +9,8 @@ import pytest
 from tests.support import tiny_models
 
 from penstock.engine import seams
-from penstock.engine.batch import Runner
-from penstock.engine.rows import Row
+from penstock.engine.batch import RaggedKV, Runner
+from penstock.engine.rows import Row, RowKV
 
 TOLERANCE = 1e-4
 ARCHITECTURES = (
@@ -225,22 +225,29 @@ def test_a_row_that_stays_behind_owns_its_state() -> None:
     assert mx.get_array_buffer_size(state) < 1.1 * sum(array.nbytes for array in state)
 
 
-def test_a_row_can_pause_and_prefill_between_steps() -> None:
+def test_rows_change_between_steps_together_steps_alone_and_prefill() -> None:
     model = tiny_models.build("qwen3_5")
-    ids = [(i * 7) % 250 for i in range(40)]
-    expected, _ = tiny_models.reference(model, ids, 3)
+    ids = [[(i * 7) % 250 for i in range(40)], [(i * 5) % 250 for i in range(12)]]
+    expected = [tiny_models.reference(model, prompt, 3)[0] for prompt in ids]
     runner = Runner(model)
     row, other = runner.open(8), runner.open(8)
-    mx.eval(runner.prefill(row, ids[:10]))
-    for i in range(10, 14):
-        mx.eval(runner.decode([other, row], mx.array([3, ids[i]])))
-    mx.eval(runner.decode([other], mx.array([3])))
-    mx.eval(runner.prefill(row, ids[14:39]))
-    tokens, last = [], ids[39]
+    mx.eval(runner.prefill(row, ids[0][:10]))
+    for i in range(4):
+        mx.eval(runner.decode([other, row], mx.array([ids[1][i], ids[0][10 + i]])))
+    mx.eval(runner.prefill(row, ids[0][14:39]))  # straight out of the batch
+    for i in range(4, 8):
+        mx.eval(runner.decode([other, row][: i % 2 + 1], mx.array([ids[1][i], 0][: i % 2 + 1])))
+        if i % 2:
+            runner.close(row)
+            row = runner.open(64)
+            mx.eval(runner.prefill(row, ids[0][:39]))
+    mx.eval(runner.prefill(other, ids[1][8:11]))
+    tokens: list[list[int]] = []
+    last = [ids[0][39], ids[1][11]]
     for _ in range(3):
-        last = mx.argmax(runner.decode([row, other], mx.array([last, 3]))[0]).item()
+        last = mx.argmax(runner.decode([row, other], mx.array(last)), axis=-1).tolist()
         tokens.append(last)
-    assert tokens == expected
+    assert [list(column) for column in zip(*tokens, strict=True)] == expected
 
 
 def test_a_missing_seam_means_serial_rows_with_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -273,3 +280,29 @@ def test_truncate_takes_back_a_spare_token_where_it_can() -> None:
     assert not hybrid.truncate(row, 2)
     assert row.length == 3
     assert hybrid.truncate(row, 3)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_evaluated_logits_mean_evaluated_state(count: int) -> None:
+    runner = Runner(tiny_models.build("qwen3_5"))
+    rows = [runner.open(8) for _ in range(count)]
+    mx.eval(runner.decode(rows, mx.array([1] * count)))
+    assert mx.get_array_buffer_size(runner.live_buffers()) > 0  # raises for what is not evaluated
+
+
+def test_a_window_masks_each_row_by_its_own_length() -> None:
+    rows = [RowKV(8), RowKV(8)]
+    rows[0].offset, rows[1].offset = 2, 6
+    view = RaggedKV(rows, mx.array([2, 6]))
+    assert view.make_mask(1) is None
+    short, long = view.make_mask(1, window_size=4).parts
+    assert short.tolist() == [[True] * 3]
+    assert long.tolist() == [[False] * 3 + [True] * 4]
+
+
+def test_layers_may_share_what_another_wrote() -> None:
+    view = RaggedKV([RowKV(4), RowKV(4)], mx.array([0, 0]))
+    with pytest.raises(AttributeError):
+        view.keys_and_values()
+    written = view.update_and_fetch(mx.ones((2, 1, 1, 4)), mx.ones((2, 1, 1, 4)))
+    assert view.keys_and_values() is written

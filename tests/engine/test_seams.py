@@ -103,6 +103,7 @@ MISUSES: list[Callable[[Any], Any]] = [
     lambda x: mx.concatenate([x, OTHER]),
     lambda x: mx.fast.scaled_dot_product_attention(OTHER, x, x, scale=1.0),
     lambda x: seams.attention(OTHER, x, x, mask=mx.ones((1, 5)) > 0),
+    lambda x: seams.attention(OTHER, x, x, mask=mx.ones((1, 1)) > 0),
     lambda x: seams.attention(OTHER, x, x, mask=mx.where(mx.array(True), x, 0)),
     lambda x: seams.attention(OTHER, mx.repeat(x, 2, axis=0), x),
 ]
