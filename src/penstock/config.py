@@ -188,6 +188,15 @@ class Options:
     )
     decode_concurrency: int = _option(BATCH, _whole(1), 32, "The most sequences in one decode step.")
     prompt_concurrency: int = _option(BATCH, _whole(1), 8, "The most prompts being prefilled at a time.")
+    max_queue: int = _option(
+        BATCH, _whole(1), 512, "The most requests that may wait; one more gets a 503 and Retry-After."
+    )
+    max_queue_tokens: int | None = _option(
+        BATCH, _whole(1), None, "The most prompt tokens that may wait.", unset="any number"
+    )
+    max_wait: float | None = _option(
+        BATCH, _real(0), None, "Seconds that a request may wait before it gets a 503.", unset="any time"
+    )
     prefill_step_size: int = _option(
         BATCH, _whole(1), 2048, "The most prompt tokens computed in one step; the scheduler may take fewer."
     )

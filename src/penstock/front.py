@@ -28,6 +28,7 @@ from penstock.config import Options
 from penstock.errors import PenstockError
 from penstock.memory.probe import system_probe
 from penstock.supervisor.backend import Backend
+from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.warden import Warden
 from penstock.text.errors import ModelFilesError
 from penstock.text.parts import TextParts
@@ -68,6 +69,7 @@ class _Front:
         self.backend = Backend(
             environment=platform.engine_environment(os.environ),
             warden=Warden(system_probe(), options.memory_limit),
+            queue=QueueLimits(options.max_queue, options.max_queue_tokens, options.max_wait),
         )
         name = options.served_model_name[0] if options.served_model_name else _name(options)
         self.service = Service(

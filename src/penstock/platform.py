@@ -28,6 +28,7 @@ _OPENBLAS = (
     "/usr/lib/libopenblas.so.0",
     "/usr/local/lib/libopenblas.so.0",
 )
+_MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
 OPENBLAS_HINT = "MLX's CPU matmul is 10 to 20 times slower without it: apt-get install libopenblas0-pthread"
 
 
@@ -76,13 +77,19 @@ def openblas() -> str | None:
 
 
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
-    """The environment to start an engine with: `base`, and on Linux's CPU back end OpenBLAS preloaded.
+    """The environment to start an engine with: `base`, and on Linux's CPU back end what MLX needs there.
 
-    MLX's CPU wheel links a reference BLAS; a preloaded OpenBLAS answers its calls instead.
+    MLX's CPU wheel links a reference BLAS; a preloaded OpenBLAS answers its calls instead. glibc keeps what
+    MLX frees (its thresholds grow with use), so that limits on processes count bytes that no ledger knows:
+    with thresholds that are set, large arrays go back to the system when they are freed.
     """
     environment = dict(base)
     preloaded = environment.get("LD_PRELOAD", "")
-    if sys.platform != "linux" or backend() != "cpu" or "openblas" in preloaded:
+    if sys.platform != "linux" or backend() != "cpu":
+        return environment
+    for name, value in _MALLOC.items():
+        environment.setdefault(name, value)
+    if "openblas" in preloaded:
         return environment
     library = openblas()
     if library is not None:

@@ -213,6 +213,7 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     """Measures since the start, by kind, and repairs of the audit."""
     decided_by: str = ""
     """What decided the last chunk's length."""
+    seconds_per_prefill_id: float | None = None
 
 
 ToEngine = Start | Budget | Submit | End | Shutdown

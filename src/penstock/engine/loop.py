@@ -414,6 +414,7 @@ class Loop:
             waiting=len(self.sequences) - len(on_board),
             counts=dict(self.counts),
             decided_by=self.decided_by,
+            seconds_per_prefill_id=self.facts.seconds_per_prefill_id,
         )
 
     def _synchronise(self) -> None:

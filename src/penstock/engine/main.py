@@ -30,6 +30,8 @@ from penstock.pipe import EngineChannel, FrontGone, adopt
 from penstock.sizes import gigabytes
 
 EXIT_HALTED = 3
+WARM_UP = 768
+"""Side of a matrix product that OpenBLAS spreads over threads, each with buffers of 128 MB that it keeps."""
 M = TypeVar("M", bound=wire.ToEngine)
 
 
@@ -74,7 +76,6 @@ def _await(
 def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineChannel, page: Page) -> Loop:
     channel.send(wire.Loading("weights"))
     _refuse_weights(options.model_path, budget)
-    mx.set_cache_limit(0)
     loaded = loader.load(options.model_path, trust_remote_code=options.trust_remote_code)
     facts = loaded.facts
     channel.send(wire.Loading("probe"))
@@ -160,7 +161,7 @@ def _refuse_weights(path: str, budget: wire.Budget) -> None:
 
 
 def _device() -> wire.Device:
-    mx.eval(mx.zeros(1))  # starts MLX's own threads, which count
+    _warm_up()
     info = mx.device_info()
     limit = {
         "metal": info.get("max_recommended_working_set_size"),
@@ -169,6 +170,14 @@ def _device() -> wire.Device:
     }[_backend()]
     used = system_probe().read(os.getpid()).private or 0
     return wire.Device(_backend(), _name(), None if limit is None else int(limit), used)
+
+
+def _warm_up() -> None:
+    """Let what lives as long as the process come to be, so that it is counted: threads, BLAS's buffers."""
+    mx.set_cache_limit(0)
+    side = mx.ones((WARM_UP, WARM_UP))
+    mx.eval(side @ side)
+    mx.clear_cache()
 
 
 def _backend() -> str:

@@ -25,6 +25,7 @@ from penstock.supervisor import machine as m
 from penstock.supervisor.channel import FrontChannel
 from penstock.supervisor.journal import Entry, Journal, guilty, in_order_of_resubmission
 from penstock.supervisor.process import COMMAND, EngineProcess, describe_exit
+from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
 from penstock.supervisor.warden import Warden
 
@@ -64,10 +65,12 @@ class Backend:
         limits: m.HangLimits | None = None,
         environment: Mapping[str, str] | None = None,
         warden: Warden | None = None,
+        queue: QueueLimits | None = None,
     ) -> None:
         self.command = command
         self.warden = warden or Warden(system_probe())
         self.status: wire.Status | None = None
+        self._queue = queue or QueueLimits()
         self.environment = environment
         self.ready: wire.Ready | None = None
         self.stage = ""
@@ -118,6 +121,8 @@ class Backend:
     def open(self, job: Job) -> Ticket:
         """Takes a job; it waits while no engine is ready. Raises PenstockError as `wait_ready` does."""
         self._refuse()
+        speed = self.status.seconds_per_prefill_id if self.status is not None else None
+        self._queue.check(*self._journal.waiting(), len(job.prompt), speed)
         seed = job.seed if job.seed is not None else job.sampling.seed or secrets.randbits(_SEED_BITS)
         ticket = Ticket(job, self._journal.new_ids(job.n), self._end)
         for choice, id in enumerate(ticket.ids):
@@ -160,6 +165,7 @@ class Backend:
             "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
             "journal_bytes": self._journal.bytes,
             "memory": memory,
+            "waiting": self._journal.waiting()[0],
             "engine": None,
         }
         if self._engine is not None:
@@ -318,6 +324,18 @@ class Backend:
         if step.rows or step.ended:
             self._life.progressed()
 
+    def _drop_overdue(self) -> None:
+        longest = self._queue.seconds
+        if longest is None:
+            return
+        for entry in self._journal:
+            if entry.waits and monotonic() - entry.ticket.stats.submitted > longest:
+                if entry.epoch is not None and self._engine is not None:
+                    self._engine.channel.send(wire.End(entry.id, 0))
+                self._fail(
+                    entry, PenstockError(Kind.BUSY, f"The server is busy, retry: {longest:g} s passed.")
+                )
+
     def _finish_delivered(self) -> None:
         assert self.ready is not None
         for entry in self._journal:
@@ -387,6 +405,7 @@ class Backend:
         engine = self._engine
         if engine is None or engine.verdict is not None:
             return
+        self._drop_overdue()
         budget = self.warden.look(engine.process.pid, self.status, monotonic())
         if budget is not None:
             engine.channel.send(budget)

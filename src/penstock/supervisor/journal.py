@@ -42,6 +42,11 @@ class Entry:
     def length(self) -> int:
         return len(self.job.prompt) + len(self.delivered)
 
+    @property
+    def waits(self) -> bool:
+        """Nothing of it has been computed by the present engine."""
+        return self.life.is_open and not self.prefilled and not self.delivered
+
     def submit(self) -> wire.Submit:
         job = self.job
         return wire.Submit(
@@ -91,6 +96,11 @@ class Journal:
 
     def drop(self, entry: Entry) -> None:
         self._entries.pop(entry.id, None)
+
+    def waiting(self) -> tuple[int, int]:
+        """How many sequences wait, and their ids."""
+        lengths = [entry.length for entry in self._entries.values() if entry.waits]
+        return len(lengths), sum(lengths)
 
     @property
     def bytes(self) -> int:
