@@ -24,7 +24,7 @@ from penstock.errors import Kind, PenstockError
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
 MAX_HEADERS = 32_768
-QUIET = ("/health", "/", "/v1/models", "/models")
+QUIET = ("/health", "/v1/status", "/", "/v1/models", "/models")
 """Probes, logged at DEBUG only."""
 
 
@@ -65,6 +65,7 @@ def create_app(service: Service, options: Options) -> ASGIApp:
         "/v1/models": list_models,
         "/models": list_models,
         "/v1/models/{id:path}": _Endpoint(service, GET=models.one),
+        "/v1/status": _Endpoint(service, GET=models.status),
         "/health": _Endpoint(service, GET=models.health),
         "/openapi.json": _Endpoint(service, GET=models.described),
         "/": _Endpoint(service, GET=models.root),

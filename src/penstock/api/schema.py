@@ -163,6 +163,7 @@ def openapi(version: str) -> dict[str, Any]:
             "/v1/completions": {"post": _operation("Text completion", completion, reply)},
             "/v1/models": {"get": _operation("The models served", None)},
             "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
+            "/v1/status": {"get": _operation("The engine's state and its memory by owner", None)},
             "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
         },
         "components": {"schemas": components},
