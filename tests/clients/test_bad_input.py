@@ -34,7 +34,7 @@ TABLE: dict[str, tuple[str, bytes, int, str | None]] = {
     "a message a string": (CHAT, chat(messages='["hi"]'), 400, "messages[0]"),
     "no role": (CHAT, chat(messages='[{"content": "x"}]'), 400, "messages[0].role"),
     "content a number": (CHAT, chat(messages='[{"role": "user", "content": 3}]'), 400, "messages[0].content"),
-    "an image": (CHAT, chat(messages='[{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]'), 400,
+    "an image": (CHAT, chat(messages='[{"role": "user", "content": [{"type": "image_url"}]}]'), 400,
                  "messages[0].content[0].type"),
     "max_tokens a string": (CHAT, chat('"max_tokens": "5"'), 400, "max_tokens"),
     "max_tokens negative": (CHAT, chat('"max_tokens": -1'), 400, "max_tokens"),

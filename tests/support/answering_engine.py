@@ -52,8 +52,8 @@ class Engine:
 
     def __init__(self, channel: EngineChannel, page: Page) -> None:
         self.channel, self.page = channel, page
-        self.rules = Path(os.environ["PENSTOCK_TEST_RULES"])
-        self.journal = Path(os.environ["PENSTOCK_TEST_JOURNAL"])
+        self.rules = Path(os.environ["SCRIPTED_RULES"])
+        self.journal = Path(os.environ["SCRIPTED_JOURNAL"])
         self.rows: dict[int, Row] = {}
 
     def note(self, event: str, id: int, **more: Any) -> None:

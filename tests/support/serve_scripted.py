@@ -37,9 +37,9 @@ class ScriptedServer:
         self.url = f"http://127.0.0.1:{self.port}"
         environment = {
             **os.environ,
-            "PENSTOCK_TEST_RULES": str(self.rules_file),
-            "PENSTOCK_TEST_JOURNAL": str(self.journal),
-            "PENSTOCK_TEST_KEEPALIVE": str(keepalive or ""),
+            "SCRIPTED_RULES": str(self.rules_file),
+            "SCRIPTED_JOURNAL": str(self.journal),
+            "SCRIPTED_KEEPALIVE": str(keepalive or ""),
         }
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
@@ -108,7 +108,7 @@ def main(arguments: Iterable[str]) -> int:
 
     command = (sys.executable, "-m", "tests.support.answering_engine")
     backend.Backend.__init__.__defaults__ = (command,)
-    if keepalive := os.environ["PENSTOCK_TEST_KEEPALIVE"]:
+    if keepalive := os.environ["SCRIPTED_KEEPALIVE"]:
         timing = service.Service.__dataclass_fields__["timing"].default
         object.__setattr__(timing, "keepalive", float(keepalive))
     return int(cli.main(list(arguments)) or 0)
