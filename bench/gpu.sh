@@ -13,5 +13,5 @@ nvidia-smi --query-gpu=name,memory.total,driver_version --format=csv,noheader
 began=$SECONDS
 "$python" -m bench.models "${BENCH_SHAPE:-qwen3-4b}" "$model" --dtype bfloat16
 echo "model: $(du -sh "$model" | cut -f1) in $((SECONDS - began)) s"
-"$python" -m bench --suite "$suite" --gpu --model-dir "$model" --deadline "$seconds" \
+"$python" -m bench.serve --suite "$suite" --gpu --model-dir "$model" --deadline "$seconds" \
   --out "$out/$suite.json" 2>&1 | tee "$out/$suite.md"

@@ -10,24 +10,6 @@ import pytest
 from tests.support.client_model import write_client_model
 from tests.support.serve_scripted import ScriptedServer
 
-MARKERS = {
-    "clients": "needs programs that are installed apart (make test-clients)",
-    "clients_slow": "as clients, and takes minutes of real time (make test-clients-slow)",
-}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    for name, meaning in MARKERS.items():
-        config.addinivalue_line("markers", f"{name}: {meaning}")
-
-
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """What is marked runs only when its marker is asked for."""
-    asked = config.getoption("-m")
-    left_out = [item for item in items if any(item.get_closest_marker(m) and m not in asked for m in MARKERS)]
-    items[:] = [item for item in items if item not in left_out]
-    config.hook.pytest_deselected(items=left_out)
-
 
 @pytest.fixture(scope="session")
 def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
