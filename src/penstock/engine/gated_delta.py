@@ -29,7 +29,7 @@ from mlx_lm.models import gated_delta as mlx_lm_gated_delta
 CHUNK = 64
 """Tokens per chunk: the triangular system's size."""
 
-GROUP = 16
+GROUP = 8
 """Chunks prepared together: wide batches for the device, work arrays that don't grow with the prompt."""
 
 THRESHOLD = 16
