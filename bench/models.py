@@ -30,6 +30,27 @@ _QWEN3: dict[str, Any] = {
     "max_position_embeddings": 40960,
     "tie_word_embeddings": False,
 }
+_QWEN3_5_TEXT: dict[str, Any] = {
+    "model_type": "qwen3_5_text",
+    "num_hidden_layers": 8,
+    "vocab_size": 1024,
+    "linear_conv_kernel_dim": 4,
+    "full_attention_interval": 4,
+    "rms_norm_eps": 1e-6,
+    "max_position_embeddings": 40960,
+    "tie_word_embeddings": False,
+    "rope_parameters": {
+        "type": "default",
+        "mrope_section": [11, 11, 10],
+        "rope_theta": 10000000,
+        "partial_rotary_factor": 0.25,
+    },
+}
+_QWEN3_5: dict[str, Any] = {
+    "model_type": "qwen3_5",
+    "architectures": ["Qwen3_5ForConditionalGeneration"],
+    "tie_word_embeddings": False,
+}
 SHAPES: dict[str, dict[str, Any]] = {
     "dense": {
         **_QWEN3,
@@ -42,34 +63,46 @@ SHAPES: dict[str, dict[str, Any]] = {
         "vocab_size": 1024,
     },
     "hybrid": {
-        "model_type": "qwen3_5",
-        "architectures": ["Qwen3_5ForConditionalGeneration"],
-        "tie_word_embeddings": False,
+        **_QWEN3_5,
         "text_config": {
-            "model_type": "qwen3_5_text",
+            **_QWEN3_5_TEXT,
             "hidden_size": 256,
-            "num_hidden_layers": 8,
             "intermediate_size": 768,
             "num_attention_heads": 8,
             "num_key_value_heads": 4,
             "head_dim": 64,
-            "vocab_size": 1024,
             "linear_num_value_heads": 8,
             "linear_num_key_heads": 4,
             "linear_key_head_dim": 64,
             "linear_value_head_dim": 64,
-            "linear_conv_kernel_dim": 4,
-            "full_attention_interval": 4,
-            "rms_norm_eps": 1e-6,
-            "max_position_embeddings": 40960,
-            "tie_word_embeddings": False,
-            "rope_parameters": {
-                "type": "default",
-                "mrope_section": [11, 11, 10],
-                "rope_theta": 10000000,
-                "partial_rotary_factor": 0.25,
-            },
         },
+    },
+    # As the reported model: 32 KB of KV per token (float32, two layers), head_dim 256, small else.
+    "report": {
+        **_QWEN3_5,
+        "text_config": {
+            **_QWEN3_5_TEXT,
+            "hidden_size": 64,
+            "intermediate_size": 128,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 8,
+            "head_dim": 256,
+            "linear_num_value_heads": 2,
+            "linear_num_key_heads": 2,
+            "linear_key_head_dim": 32,
+            "linear_value_head_dim": 32,
+        },
+    },
+    # 131 KB of KV per token (float32, four layers), small else.
+    "wide-kv": {
+        **_QWEN3,
+        "hidden_size": 64,
+        "num_hidden_layers": 4,
+        "intermediate_size": 128,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "head_dim": 128,
+        "vocab_size": 1024,
     },
     "qwen3-4b": {
         **_QWEN3,

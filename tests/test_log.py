@@ -210,7 +210,7 @@ BANNER = log.Banner(
 def test_the_banner_tells_what_is_served_in_few_lines() -> None:
     lines = BANNER.lines()
     assert lines[0] == (
-        "ready in 1.2 s: demo on cpu, ragged batches, context 8,192 tokens, weights 0.0 GB, "
+        "ready in 1.2 s: demo on cpu, ragged batches, context 8,192 tokens, weights 8.0 MB, "
         "KV 4.1 KB a token + 1.2 MB a sequence"
     )
     assert "demo model: 4M parameters, for trying the server, not for answers" in lines

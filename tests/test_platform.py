@@ -59,8 +59,8 @@ def test_lsof_that_tells_nothing_names_nobody() -> None:
 def test_openblas_goes_before_what_was_preloaded_already() -> None:
     assert platform.engine_environment({})["LD_PRELOAD"] == "/lib/libopenblas.so.0"
     assert platform.engine_environment({"LD_PRELOAD": "x.so"})["LD_PRELOAD"] == "/lib/libopenblas.so.0:x.so"
-    already = {"LD_PRELOAD": "/opt/libopenblas.so"}
-    assert platform.engine_environment(already) == already
+    already = platform.engine_environment({"LD_PRELOAD": "/opt/libopenblas.so"})
+    assert already["LD_PRELOAD"] == "/opt/libopenblas.so"
 
 
 @pytest.mark.usefixtures("linux_cpu")
@@ -71,9 +71,16 @@ def test_only_the_cpu_back_end_is_preloaded(monkeypatch: pytest.MonkeyPatch, bac
 
 
 @pytest.mark.usefixtures("linux_cpu")
-def test_without_openblas_the_environment_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_openblas_nothing_is_preloaded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(platform, "openblas", lambda: None)
-    assert platform.engine_environment({"A": "b"}) == {"A": "b"}
+    assert "LD_PRELOAD" not in platform.engine_environment({"A": "b"})
+
+
+@pytest.mark.usefixtures("linux_cpu")
+def test_freed_arrays_go_back_to_the_system_unless_the_user_set_it_otherwise() -> None:
+    theirs = platform.engine_environment({"MALLOC_TRIM_THRESHOLD_": "7"})
+    assert theirs["MALLOC_TRIM_THRESHOLD_"] == "7"
+    assert int(theirs["MALLOC_MMAP_THRESHOLD_"]) <= 1 << 20
 
 
 def test_a_missing_back_end_is_said_with_the_command_that_mends_it(monkeypatch: pytest.MonkeyPatch) -> None:

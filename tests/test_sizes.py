@@ -56,6 +56,7 @@ def test_a_share_needs_a_whole() -> None:
 def test_sizes_are_printed_in_decimal_gigabytes() -> None:
     assert gigabytes(23_350_000_000) == "23.4 GB"
     assert gigabytes(0) == "0.0 GB"
+    assert gigabytes(99_900_000) == "99.9 MB"
     assert gigabytes(1_234_000_000_000) == "1,234.0 GB"
 
 

@@ -337,7 +337,7 @@ def resolve(
 
 def unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Variables that look like options but are none: typing errors that would pass unseen."""
-    known = {variable_of(option) for option in listed()} | {PREFIX + "CONFIG"}
+    known = {variable_of(option) for option in listed()} | {PREFIX + "CONFIG", PREFIX + "PRETEND"}
     return sorted(name for name in environment if name.startswith(PREFIX) and name not in known)
 
 

@@ -1,7 +1,8 @@
 """Amounts of bytes as people write and read them: one parser, one printer, used everywhere.
 
 Written: `8G`, `8GB`, `512MB` are decimal, as in mlx_lm.server; `8GiB` is binary; a plain number is bytes;
-`75%` is a share of a whole that the caller names. Printed: decimal gigabytes with one decimal.
+`75%` is a share of a whole that the caller names. Printed: decimal gigabytes with one decimal,
+or megabytes where those would say nothing.
 """
 
 from __future__ import annotations
@@ -30,8 +31,8 @@ def parse_size(text: str, *, whole: int | None = None) -> int:
 
 
 def gigabytes(count: int) -> str:
-    """`count` bytes as log lines, banners and errors print them: '1.5 GB'."""
-    return f"{count / 1e9:,.1f} GB"
+    """`count` bytes as log lines, banners and errors print them: '1.5 GB', and '17.7 MB' below 100 MB."""
+    return f"{count / 1e6:.1f} MB" if 0 < count < 1e8 else f"{count / 1e9:,.1f} GB"
 
 
 def physical_memory() -> int:

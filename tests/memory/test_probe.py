@@ -108,3 +108,18 @@ def test_this_machine() -> None:
     assert 10 * probe.MiB < reading.footprint < 1.2 * peak  # ru_maxrss is brought up to date late
     assert reading.available is not None
     assert 0 < reading.available <= (LinuxProbe().machine().physical or 0)
+
+
+def test_a_pretended_machine_is_as_told_and_its_processes_are_true() -> None:
+    told = '{"physical": "48G", "device": 36000000000, "available": "20GiB"}'
+    found = probe.system_probe({probe.PRETEND: told})
+    assert found.machine() == Machine(physical=48_000_000_000, device=36_000_000_000)
+    reading = found.read(os.getpid())
+    assert (reading.available, reading.pressure) == (20 * GiB, Pressure.NORMAL)
+    assert reading.footprint == pytest.approx(probe.system_probe({}).read(os.getpid()).footprint, rel=0.2)
+
+
+@pytest.mark.parametrize("told", ["{", "[]", '{"ram": "8G"}', '{"device": "much"}', '{"device": null}'])
+def test_a_machine_that_cannot_be_pretended_is_refused_by_name(told: str) -> None:
+    with pytest.raises(ValueError, match="PENSTOCK_PRETEND must be a JSON object of sizes"):
+        probe.system_probe({probe.PRETEND: told})

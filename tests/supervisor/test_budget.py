@@ -29,6 +29,12 @@ def test_limits_on_processes_count_what_python_holds_already() -> None:
     assert 1.5 * GiB < found.size < 2 * GiB - 300 * MiB
 
 
+def test_a_tight_rlimit_leaves_room_for_what_mlx_does_not_count() -> None:
+    """Heap fragments and thread stacks do not shrink with the limit."""
+    found = ceiling(Machine(rlimit=600 * MiB), device=None, asked=None, used=300 * MiB)
+    assert found.size == 236 * MiB
+
+
 def test_a_small_machine_keeps_something() -> None:
     assert ceiling(Machine(physical=2 * GiB), device=None, asked=None, used=0).size == 1.5 * GiB
 

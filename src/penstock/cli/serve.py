@@ -13,6 +13,7 @@ import sys
 
 from penstock import config, log, models, platform
 from penstock.cli import arguments
+from penstock.memory.probe import system_probe
 from penstock.sizes import gigabytes
 
 MENDED_BY_USER, MENDED_BY_RESTART = 2, 1
@@ -63,6 +64,7 @@ def examine(options: config.Options) -> None:
     if sentence := platform.backend_problem():
         raise Refusal(sentence)
     try:
+        system_probe()
         if options.model is None:
             models.check(models.DEMO)
         else:
@@ -70,6 +72,8 @@ def examine(options: config.Options) -> None:
         platform.listen(options.host, options.port).close()
     except (models.ModelProblem, platform.PortProblem) as problem:
         raise Refusal(problem.sentence, problem.exit_code) from None
+    except ValueError as pretended:
+        raise Refusal(f"{pretended}.") from None
 
 
 def is_loopback(host: str) -> bool:

@@ -10,14 +10,20 @@ from __future__ import annotations
 
 import ctypes
 import ctypes.util
+import json
 import os
 import resource
 import struct
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from pathlib import Path
 from typing import Protocol
 
+from penstock.sizes import parse_size
+
+PRETEND = "PENSTOCK_PRETEND"
+"""The variable that makes the whole server believe in another machine: for tests, and to try things out."""
 MiB = 1 << 20
 GiB = 1 << 30
 
@@ -38,6 +44,8 @@ class Machine:
     cgroup: int | None = None
     rlimit: int | None = None
     """The tighter of RLIMIT_DATA and RLIMIT_AS."""
+    device: int | None = None
+    """A pretended device's limit, in place of the one that the engine finds."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,14 +73,19 @@ class Pretended:
 
     of: Machine
     now: Reading = Reading()
+    processes: Probe | None = None
+    """Where the facts about processes come from, if they are to be true."""
 
     def machine(self) -> Machine:
         """As told."""
         return self.of
 
     def read(self, pid: int) -> Reading:
-        """As told, for any process."""
-        return self.now
+        """As told, but for what is known of the process."""
+        if self.processes is None:
+            return self.now
+        true = self.processes.read(pid)
+        return replace(self.now, footprint=true.footprint, private=true.private)
 
 
 class LinuxProbe:
@@ -200,9 +213,23 @@ class _Darwin:
         return None if self.lib.proc_pid_rusage(pid, self.RUSAGE_INFO_V4, buffer) else buffer.raw
 
 
-def system_probe() -> Probe:
-    """The probe of the machine we run on."""
-    return DarwinProbe() if os.uname().sysname == "Darwin" else LinuxProbe()
+def system_probe(environment: Mapping[str, str] | None = None) -> Probe:
+    """The probe of the machine we run on, or of the one that PENSTOCK_PRETEND describes.
+
+    That variable is a JSON object with any of physical, cgroup, rlimit, device, available: bytes or sizes
+    such as "48G". Limits it does not name are none. Raises ValueError, with a sentence, for anything else.
+    """
+    real: Probe = DarwinProbe() if os.uname().sysname == "Darwin" else LinuxProbe()
+    told = (os.environ if environment is None else environment).get(PRETEND)
+    if not told:
+        return real
+    try:
+        limits = {name: parse_size(str(size)) for name, size in json.loads(told).items()}
+        now = Reading(limits.pop("available", None))
+        return Pretended(Machine(**limits), now, real)
+    except (ValueError, TypeError, AttributeError):
+        known = "physical, cgroup, rlimit, device and available"
+        raise ValueError(f"{PRETEND} must be a JSON object of sizes, named {known}, not {told!r}") from None
 
 
 def _rlimit() -> int | None:

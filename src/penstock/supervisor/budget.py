@@ -19,8 +19,8 @@ RESERVE, RESERVE_SHARE = 2 * GiB, 0.08
 """What stays free of a limit that nobody chose for us: for the system and for what MLX does not count."""
 SMALL_SHARE = 0.25
 """The reserve is at most this share of a limit, so that a small machine keeps something."""
-OVERHEAD_SHARE = 0.06
-"""Of a limit on processes: allocator overhead and thread stacks, which it counts as well."""
+OVERHEAD, OVERHEAD_SHARE = 64 * MiB, 0.06
+"""Of a limit on processes: what it counts besides MLX's own count (fragments of the heap, stacks, Python)."""
 RISE_SHARE, RISE_SECONDS = 0.05, 10.0
 """The budget rises by this share of the ceiling in this time."""
 WARN_SHARE, CRITICAL_SHARE = 0.95, 0.80
@@ -49,7 +49,7 @@ def ceiling(machine: Machine, *, device: int | None, asked: int | None, used: in
         found.append(Ceiling(asked, "--memory-limit"))
     for limit, name in ((machine.cgroup, "the cgroup's limit"), (machine.rlimit, "the process's rlimit")):
         if limit is not None:
-            found.append(Ceiling(int(limit * (1 - OVERHEAD_SHARE)) - used, name))
+            found.append(Ceiling(int(limit - max(OVERHEAD, limit * OVERHEAD_SHARE)) - used, name))
     for limit, name in ((device, "the device's limit"), (machine.physical, "physical memory")):
         if limit is not None:
             reserve = (

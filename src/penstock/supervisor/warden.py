@@ -34,7 +34,7 @@ class Warden:
     def device(self, device: wire.Device, now: float) -> wire.Budget:
         """The first budget of a new engine: its ceiling."""
         machine = self.probe.machine()
-        limit = ceiling(machine, device=device.limit, asked=self.asked, used=device.used)
+        limit = ceiling(machine, device=machine.device or device.limit, asked=self.asked, used=device.used)
         self.governor = Governor(limit, now)
         self._told = limit.size
         return self._message()
