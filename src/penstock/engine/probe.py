@@ -31,7 +31,8 @@ LIKELY = 64
 """Where rounding is coarse only the likeliest ids are compared: the tail's log-probs are mostly rounding."""
 
 NOISE_FACTOR = 4.0
-PROBE_BYTES = 64 << 20
+PROBE_BYTES = 32 << 20
+PROBE_LENGTH = 1 << 15
 COPIED_SHARE = 0.1
 """Of a row's bytes: a copy of less than this is as cheap as waiting for the read."""
 
@@ -168,14 +169,14 @@ def copies(model: Any, mode: str) -> bool:
     """Whether launching a step before reading the last one copies K/V buffers.
 
     One row with a long context (faked: buffers of zeros, offsets set) takes the same steps read one by one
-    and launched ahead; a short row does so too, which tells what running ahead costs besides copies. Costs
-    about twice `PROBE_BYTES` for a moment.
+    and launched ahead; a short row does so too, which tells what running ahead costs besides copies. Takes
+    at most about twice `PROBE_BYTES` for a moment.
     """
     per_token = loader.measure(model).kv_bytes_per_token
     if not per_token:
         return False
     runner = Runner(model, mode)
-    length = max(64, PROBE_BYTES // per_token)
+    length = min(max(64, PROBE_BYTES // per_token), PROBE_LENGTH)
     excess = [_peak(runner, n, ahead=True) - _peak(runner, n, ahead=False) for n in (length, 16)]
     return excess[0] - excess[1] > COPIED_SHARE * length * per_token
 
