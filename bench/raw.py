@@ -2,11 +2,13 @@
 
 `mlx_lm`: the installed mlx-lm's BatchGenerator. `penstock`: our own rows, prefilled one by one and decoded
 together, one step in flight. stdin: {"loop", "model", "prompts": [ids], "max_tokens": [n]}; stdout: arrivals
-per row as the load generator gives them, and the allocator's peak.
+per row as the load generator gives them, the allocator's peak, and what it held after each step beyond what
+was there before: with no server around it, that is K/V and states.
 """
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 import time
@@ -36,6 +38,7 @@ def run_mlx_lm(model_dir: Path, prompts: list[list[int]], max_tokens: list[int])
                 arrivals[response.uid].append(time.monotonic())
                 if response.finish_reason is not None:
                     open_rows.discard(response.uid)
+            _note()
 
         for _, group in groupby(zip(some, limits, strict=True), key=lambda row: len(row[0])):
             joining = generator.insert(*map(list, zip(*group, strict=True)))
@@ -77,6 +80,7 @@ def run_penstock(model_dir: Path, prompts: list[list[int]], max_tokens: list[int
             now = time.monotonic()
             for i in live:
                 arrivals[i].append(now)
+            _note()
             stay = [k for k, i in enumerate(live) if len(arrivals[i]) < limits[i]]
             ids = following if len(stay) == len(live) else following[mx.array(stay, dtype=mx.int32)]
             for i in set(live) - {live[k] for k in stay}:
@@ -90,14 +94,25 @@ def run_penstock(model_dir: Path, prompts: list[list[int]], max_tokens: list[int
 
 
 _started = 0.0
+_before = 0
+_held: list[tuple[float, int]] = []
+
+
+def _note() -> None:
+    import mlx.core as mx
+
+    _held.append((time.monotonic(), mx.get_active_memory() - _before))
 
 
 def _start() -> None:
     """The measured part begins: what the warm-up left is forgotten."""
     import mlx.core as mx
 
-    global _started  # noqa: PLW0603
+    global _started, _before  # noqa: PLW0603
+    gc.collect()
     mx.clear_cache()
+    _before = mx.get_active_memory()
+    _held.clear()
     mx.reset_peak_memory()
     _started = time.monotonic()
 
@@ -108,7 +123,7 @@ def main() -> None:
 
     loop = {"mlx_lm": run_mlx_lm, "penstock": run_penstock}[spec["loop"]]
     arrivals = loop(Path(spec["model"]), spec["prompts"], spec["max_tokens"])
-    answer = {"sent": _started, "arrivals": arrivals, "peak": mx.get_peak_memory()}
+    answer = {"sent": _started, "arrivals": arrivals, "peak": mx.get_peak_memory(), "held": _held}
     print(json.dumps(answer))
 
 

@@ -25,6 +25,7 @@ LOWER_IS_BETTER = {
     "peak_over_idle_mb",
     "decode_over_idle_mb",
     "device_over_idle_mb",
+    "kv_mb",
     "front_us_per_token",
 }
 
@@ -117,6 +118,7 @@ COLUMNS = [
     ("peak_mb", "peak MB"),
     ("decode_over_idle_mb", "decode − idle MB"),
     ("device_over_idle_mb", "device − idle MB"),
+    ("kv_mb", "KV and states MB"),
     ("front_us_per_token", "front µs/tok"),
 ]
 
@@ -133,12 +135,20 @@ def table(results: dict[str, dict[str, list[Figures]]], base: str) -> str:
         for system, rounds in systems.items():
             found = spreads(rounds)
             lines.append(_line([system, *(str(found.get(key, "–")) for key, _ in columns)]))
-        for system, rounds in systems.items():
-            if system != base and systems.get(base) and rounds:
-                found = ratios(systems[base], rounds)
-                cells = [f"{found[key]} ×" if key in found else "–" for key, _ in columns]
-                lines.append(_line([f"**{system} : {base}**", *cells]))
+        for before, system in _pairs(systems, base):
+            found = ratios(systems[before], systems[system])
+            cells = [f"{found[key]} ×" if key in found else "–" for key, _ in columns]
+            lines.append(_line([f"**{system} : {before}**", *cells]))
     return "\n".join(lines)
+
+
+def _pairs(systems: dict[str, list[Figures]], base: str) -> list[tuple[str, str]]:
+    """What is compared: servers with `base`, raw loops with each other, each server with its own raw loop."""
+    raw = [system for system in systems if system.startswith("raw ")]
+    pairs = [(base, system) for system in systems if system != base and system not in raw]
+    pairs += [(raw[0], other) for other in raw[1:]]
+    pairs += [(loop, system) for loop in raw for system in systems if system.startswith(loop[4:])]
+    return [(before, system) for before, system in pairs if systems.get(before) and systems[system]]
 
 
 def _line(cells: Sequence[Any]) -> str:

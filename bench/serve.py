@@ -61,8 +61,8 @@ def skewed(
 
 
 SUITES: dict[str, list[Case]] = {
-    "smoke": [equal(4, 64, 32, 1), skewed(1000, 3, 50, 40, rounds=1)],
-    "full": [equal(8, 512, 96, 3), skewed(8000, 7, 100, 32, rounds=2)],
+    "smoke": [equal(4, 64, 32, 1), skewed(1000, 3, 50, 40, rounds=1, raw=1)],
+    "full": [equal(8, 512, 96, 3), skewed(8000, 7, 100, 32, rounds=2, raw=1)],
     "queue": [skewed(4000, 7, 100, 32, rounds=2, at_once=True)],
     "gpu": [
         equal(8, 512, 256, 2),
@@ -160,6 +160,10 @@ def measure_raw(loop: str, model: Path, case: Case, seed: int, *, gpu: bool) -> 
         raise RuntimeError(f"raw {loop}: {done.stderr[-1500:]}")
     answer = json.loads(done.stdout.splitlines()[-1])
     figures = report.timings([answer["sent"]] * len(case.prompts), answer["arrivals"])
+    start, end = report.steady_window(answer["arrivals"])
+    held = [size for at, size in answer["held"] if start <= at <= end]
+    if held:
+        figures["kv_mb"] = min(held) / MB
     return figures | {"allocator_peak_mb": answer["peak"] / MB}
 
 
@@ -225,7 +229,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--systems", type=lambda text: text.split(","), default=SYSTEMS)
     parser.add_argument("--gpu", action="store_true", help="no OpenBLAS; GPU memory through nvidia-smi")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--deadline", type=float, help="start no round after this many seconds")
+    parser.add_argument("--deadline", type=float, default=780, help="start no round after so many seconds")
     parser.add_argument("--out", type=Path, help="JSON of all rounds; the servers' log beside it")
     args = parser.parse_args()
     args.models = args.models or (["dense"] if args.suite == "smoke" else ["dense", "hybrid"])

@@ -46,3 +46,17 @@ def test_table_has_a_line_per_system_and_per_ratio() -> None:
     assert "| b | 2 (2–2) |" in lines
     assert "| **b : a** | 2 (2–2) × |" in lines
     assert "| failed | – |" in lines
+
+
+def test_servers_are_compared_with_the_base_and_with_their_own_loops() -> None:
+    one = [{"step_ms": 1.0}]
+    results = {"dense": {"mlx_lm.server": one, "penstock": one, "raw mlx_lm": one, "raw penstock": one}}
+    heads = [
+        line.split("**")[1] for line in report.table(results, "mlx_lm.server").splitlines() if "**" in line
+    ]
+    assert heads == [
+        "penstock : mlx_lm.server",
+        "raw penstock : raw mlx_lm",
+        "mlx_lm.server : raw mlx_lm",
+        "penstock : raw penstock",
+    ]
