@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -68,8 +69,12 @@ class Sample:
 class Server:
     """A running server. `with Server(...) as server:` ends it, whatever happens."""
 
-    def __init__(self, system: str, model: Path, log: Path, *, gpu: bool = False) -> None:
+    def __init__(
+        self, system: str, model: Path, log: Path, *, gpu: bool = False, data_limit: int | None = None
+    ) -> None:
+        """`data_limit`: RLIMIT_DATA in bytes for each process of the tree."""
         self.system, self.model, self.log, self.gpu = system, model, log, gpu
+        self.data_limit = data_limit
         self.port = free_port()
         self.samples: list[Sample] = []
         self._stop = threading.Event()
@@ -83,6 +88,7 @@ class Server:
                 stdout=log,
                 stderr=log,
                 start_new_session=True,
+                preexec_fn=self._limit,  # noqa: PLW1509 - nothing else runs here yet
             )
         self._watch = threading.Thread(target=self._sample, daemon=True)
         self._watch.start()
@@ -96,6 +102,11 @@ class Server:
                 os.killpg(self.process.pid, kill)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(3)
+
+    def _limit(self) -> None:
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if self.data_limit is not None:
+            resource.setrlimit(resource.RLIMIT_DATA, (self.data_limit, self.data_limit))
 
     def wait_ready(self, timeout: float = 300.0) -> None:
         """Until /health says 200. Raises RuntimeError with the log's end if it dies or never does."""

@@ -7,11 +7,12 @@ quick. Exit codes: 0 done, 2 for what only the user can mend, 1 for what a resta
 from __future__ import annotations
 
 import argparse
+import importlib
 import sys
 from collections.abc import Sequence
 
 from penstock import __version__
-from penstock.cli import arguments
+from penstock.cli import arguments, bench
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,11 +26,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"penstock {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     arguments.add_serve(commands)
+    bench.add(commands)
     asked = parser.parse_args(argv)
-    from penstock.cli import serve
-
     try:
-        return serve.run(asked)
+        return int(importlib.import_module(f"penstock.cli.{asked.command}").run(asked))
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
