@@ -28,29 +28,29 @@ def test_a_new_page_says_loading(pair):
 
 def test_the_front_reads_what_the_engine_wrote(pair):
     front, engine = pair
-    engine.begin(Phase.DECODE, [(7, 60000), (1 << 60, 3)], predicted=0.25)
+    engine.begin(Phase.DECODE, [(7, 60000, 60001), (1 << 60, 3, 9)], predicted=0.25)
     engine.step_done()
     engine.beat()
     engine.beat()
     view = front.read()
     assert view.phase is Phase.DECODE
-    assert view.rows == ((7, 60000), (1 << 60, 3))
+    assert view.rows == ((7, 60000, 60001), (1 << 60, 3, 9))
     assert (view.predicted, view.steps, view.beats) == (0.25, 1, 2)
 
 
 def test_rows_beyond_the_bound_are_left_out(pair):
     front, engine = pair
-    engine.begin(Phase.DECODE, [(id, id) for id in range(MAX_ROWS + 5)])
+    engine.begin(Phase.DECODE, [(id, id, id + 1) for id in range(MAX_ROWS + 5)])
     assert len(front.read().rows) == MAX_ROWS
 
 
 def test_a_writer_killed_in_the_middle_leaves_the_last_whole_reading(pair):
     front, engine = pair
-    engine.begin(Phase.PREFILL, [(1, 10)])
+    engine.begin(Phase.PREFILL, [(1, 10, 11)])
     before = front.read()
     words, engine._words = engine._words, _Dies(engine._words)
     with pytest.raises(_Dies.Killed):
-        engine.begin(Phase.DECODE, [(2, 20)])
+        engine.begin(Phase.DECODE, [(2, 20, 30)])
     engine._words = words
     assert front.read() == before
 
@@ -73,9 +73,9 @@ class _Dies:
 
 def test_a_torn_slot_is_not_believed(pair):
     front, engine = pair
-    engine.begin(Phase.PREFILL, [(1, 10)])
+    engine.begin(Phase.PREFILL, [(1, 10, 11)])
     whole = front.read()
-    engine.begin(Phase.DECODE, [(2, 20)])
+    engine.begin(Phase.DECODE, [(2, 20, 30)])
     row = bytes(engine._bytes[:SIZE]).index((20).to_bytes(8, sys.byteorder))
     engine._bytes[row] = 21
     assert front.read() == whole
@@ -96,7 +96,7 @@ def test_readings_of_a_racing_writer_are_whole_and_survive_it(pair):
         while front.read().sequence < 2000:
             assert writer.poll() is None
             view = front.read()
-            assert len({position for _, position in view.rows}) <= 1
+            assert len({position for _, position, _ in view.rows}) <= 1
             assert len(view.rows) == (view.rows[0][1] % 64 + 1 if view.rows else 0)
     finally:
         writer.send_signal(signal.SIGKILL)
@@ -113,5 +113,5 @@ page = Page.attach(int(sys.argv[1]))
 n = 0
 while True:
     n += 1
-    page.begin(Phase.DECODE, [(id, n) for id in range(n % 64 + 1)])
+    page.begin(Phase.DECODE, [(id, n, n + 1) for id in range(n % 64 + 1)])
 """

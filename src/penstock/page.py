@@ -7,7 +7,7 @@ killed in the middle leaves the last whole description in place. A checksum catc
 weak store ordering (arm64) could tear.
 
     word 0 magic | 1 sequence | 2 steps | 3 beats | … | slot 0 | slot 1
-    slot: checksum, then (sequence, phase, row count, predicted seconds), then (id, position) per row
+    slot: checksum, then (sequence, phase, row count, predicted seconds), then (id, start, end) per row
 """
 
 from __future__ import annotations
@@ -29,7 +29,10 @@ _SEQUENCE, _STEPS, _BEATS = 1, 2, 3
 _CHECKSUM = struct.Struct("=Q")
 _HEAD = struct.Struct("=QIId")
 _FIRST_SLOT = 64
-_SLOT = _CHECKSUM.size + _HEAD.size + 16 * MAX_ROWS
+_ROW = 24
+_SLOT = _CHECKSUM.size + _HEAD.size + _ROW * MAX_ROWS
+Row = tuple[int, int, int]
+"""A sequence's id, where its computed ids end, and where the launched steps would bring it."""
 
 
 class Phase(IntEnum):
@@ -45,19 +48,19 @@ class Phase(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class View:
-    """One whole reading. `rows`: (sequence id, position in its ids); `predicted`: seconds of the sub-step."""
+    """One whole reading. `rows` run now; `predicted`: seconds that the sub-step takes."""
 
     sequence: int
     steps: int
     beats: int
     phase: Phase
     predicted: float
-    rows: tuple[tuple[int, int], ...]
+    rows: tuple[Row, ...]
 
 
 @cache
 def _row_struct(count: int) -> struct.Struct:
-    return struct.Struct(f"={2 * count}Q")
+    return struct.Struct(f"={3 * count}Q")
 
 
 class Page:
@@ -92,10 +95,10 @@ class Page:
             raise ValueError(f"descriptor {fd} is not a shared page")
         return page
 
-    def begin(self, phase: Phase, rows: Sequence[tuple[int, int]] = (), predicted: float = 0.0) -> None:
+    def begin(self, phase: Phase, rows: Sequence[Row] = (), predicted: float = 0.0) -> None:
         """Writer: the sub-step about to be launched. Rows beyond MAX_ROWS are left out."""
         flat = [word for row in rows[:MAX_ROWS] for word in row]
-        count = len(flat) // 2
+        count = len(flat) // 3
         sequence = self._words[_SEQUENCE] + 1
         body = _HEAD.pack(sequence, phase, count, predicted) + _row_struct(count).pack(*flat)
         at = _FIRST_SLOT + (sequence & 1) * _SLOT
@@ -122,18 +125,18 @@ class Page:
                 break
         return self._last
 
-    def _slot(self, sequence: int) -> tuple[Phase, float, tuple[tuple[int, int], ...]] | None:
+    def _slot(self, sequence: int) -> tuple[Phase, float, tuple[Row, ...]] | None:
         at = _FIRST_SLOT + (sequence & 1) * _SLOT
         raw = bytes(self._bytes[at : at + _SLOT])
         (checksum,) = _CHECKSUM.unpack_from(raw)
         found, phase, count, predicted = _HEAD.unpack_from(raw, _CHECKSUM.size)
         if found != sequence or count > MAX_ROWS:
             return None
-        body_end = _CHECKSUM.size + _HEAD.size + 16 * count
+        body_end = _CHECKSUM.size + _HEAD.size + _ROW * count
         if zlib.crc32(raw[_CHECKSUM.size : body_end]) != checksum:
             return None
         flat = _row_struct(count).unpack_from(raw, _CHECKSUM.size + _HEAD.size)
-        return Phase(phase), predicted, tuple(zip(flat[::2], flat[1::2], strict=True))
+        return Phase(phase), predicted, tuple(zip(flat[::3], flat[1::3], flat[2::3], strict=True))
 
     def close_fd(self) -> None:
         """Gives the descriptor back; the mapping stays."""

@@ -84,6 +84,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Counts delivered ids too; None: until the context or the memory ends."""
     min_tokens: int = 0
     ignore_eos: bool = False
+    apart: int = 0
+    """Up to this position it runs alone in its steps: it is suspected of having ended an engine there."""
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):

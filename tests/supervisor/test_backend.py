@@ -331,18 +331,48 @@ def test_a_front_that_was_asleep_does_not_kill_its_engine():
     play(main, {"token_seconds": 0.3}, limits=HangLimits(floor=0.8, slack=0.0, interval=0.1))
 
 
-def test_a_poisoned_request_fails_alone():
+@pytest.mark.parametrize(("signal", "most"), [("SIGABRT", 2), ("exit:1", 2), ("SIGSEGV", 4), ("SIGKILL", 4)])
+@pytest.mark.parametrize("at", ["prefill", "decode"])
+def test_a_poisoned_request_fails_alone(at, signal, most):
     async def main(backend):
-        good = [backend.open(job(range(base, base + 40))) for base in (0, 100)]
+        good = [backend.open(job(range(base, base + 400))) for base in (0, 1000)]
         bad = backend.open(job([1, 666, 2] * 9))
         with pytest.raises(PenstockError) as caught:
             await hear(bad)
         assert caught.value.kind is Kind.ENGINE_DIED
-        for base, ticket in zip((0, 100), good, strict=True):
-            assert (await hear(ticket)).ids == {0: list(range(base, base + 40))}
-        assert backend.snapshot()["engine_deaths"] == 2
+        assert all(ticket.stats.generated[0] < 400 for ticket in good), "they were on board at every death"
+        for base, ticket in zip((0, 1000), good, strict=True):
+            assert (await hear(ticket)).ids == {0: list(range(base, base + 400))}
+        assert backend.snapshot()["engine_deaths"] <= most + (at == "decode")
 
-    play(main, {"faults": [{"at": "prefill", "contains": [666], "do": "SIGSEGV"}]})
+    fault = {"at": at, "contains": [666], "do": signal}
+    play(main, {"faults": [fault], "token_seconds": 0.001})
+
+
+def test_two_poisoned_among_eight_fail_each_alone():
+    async def main(backend):
+        good = [backend.open(job(range(base, base + 400))) for base in range(1000, 7000, 1000)]
+        bad = [backend.open(job([1, 666, n] * 9)) for n in (2, 3)]
+        for ticket in bad:
+            with pytest.raises(PenstockError) as caught:
+                await hear(ticket)
+            assert caught.value.kind is Kind.ENGINE_DIED
+        assert all(ticket.stats.generated[0] < 400 for ticket in good), "they were on board at every death"
+        for base, ticket in zip(range(1000, 7000, 1000), good, strict=True):
+            assert (await hear(ticket)).ids == {0: list(range(base, base + 400))}
+
+    play(main, {"faults": [{"at": "decode", "contains": [666], "do": "SIGABRT"}], "token_seconds": 0.001})
+
+
+def test_an_engine_that_dies_right_after_ready_halts_and_says_its_traceback_once(caplog):
+    async def main(backend):
+        opened = backend.open(job([1]))
+        with pytest.raises(PenstockError, match="3 times in a row without progress") as caught:
+            await hear(opened)
+        assert caught.value.kind is Kind.ENGINE_HALTED
+
+    play(main, {"faults": [{"at": "message", "n": 1, "do": "raise"}]})
+    assert caplog.text.count("RuntimeError: a scripted failure") == 1
 
 
 def test_stop_lets_open_jobs_end_and_admits_none():

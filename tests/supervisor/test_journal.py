@@ -1,4 +1,4 @@
-"""The journal: what goes to the next engine, in which order, who is over already and who is guilty."""
+"""The journal: what goes to the next engine, in which order, who is over already and who is accused."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import pytest
 from tests.support.tickets import job
 
 from penstock import wire
-from penstock.supervisor.journal import Entry, Journal, guilty, in_order_of_resubmission
+from penstock.guilt import Accusation
+from penstock.supervisor.journal import Entry, Journal, accused, in_order_of_resubmission
 from penstock.supervisor.ticket import Ticket
 
 
@@ -64,28 +65,29 @@ def test_bytes_counts_a_shared_prompt_once():
     assert journal.bytes == 4 * (100 + 6)
 
 
-def test_who_was_running_at_two_deaths_at_one_place_is_guilty():
-    entries = [entry(1), entry(2), entry(3, epoch=None)]
-    assert guilty(entries, {1: 512}) == []
-    assert guilty(entries, {1: 512}) == [entries[0]]
+def test_accused_are_the_open_rows_that_the_page_names():
+    running, bystander, unknown, ended = entry(1), entry(2), entry(3, epoch=None), entry(4)
+    ended.life.end(True)
+    rows = [(1, 5, 6), (3, 0, 9), (4, 0, 9), (77, 1, 2)]
+    assert accused([running, bystander, unknown, ended], rows) == [(running, (5, 6))]
+    assert accused([running], []) == []
 
 
-def test_who_advanced_between_is_not():
-    entries = [entry(1)]
-    assert guilty(entries, {1: 512}) == []
-    assert guilty(entries, {1: 1024}) == []
-    assert guilty(entries, {1: 1024}) == entries
+def test_a_row_that_runs_apart_is_submitted_as_such():
+    suspect = entry(1)
+    suspect.accusation = Accusation((5, 9))
+    assert suspect.submit().apart == 0
+    suspect.accusation = Accusation((5, 9), apart=True)
+    assert suspect.submit().apart == 9
 
 
-def test_bystanders_are_never_accused_while_the_page_names_a_row():
-    entries = [entry(1), entry(2, delivered=[4])]
-    for _ in range(3):
-        assert entries[1] not in guilty(entries, {1: 0})
-
-
-def test_where_the_page_names_none_all_that_the_engine_knew_are_suspects():
-    moved, stuck, unknown = entry(1, delivered=[1]), entry(2, prefilled=5), entry(3, epoch=None)
-    entries = [moved, stuck, unknown]
-    assert guilty(entries, {}) == []
-    moved.delivered.append(2)
-    assert guilty(entries, {}) == [stuck]
+def test_prefill_is_progress_only_where_it_never_was():
+    made = entry(1, prompt=100)
+    assert made.prefill_came(50)
+    assert made.engine_died()
+    assert (made.prefilled, made.on_board, made.epoch) == (0, False, None)
+    assert not made.prefill_came(50)
+    assert made.prefill_came(99)
+    made.delivered.extend([1] * 20)
+    assert made.computed == 119
+    assert not made.prefill_came(119)

@@ -88,6 +88,44 @@ def test_three_deaths_in_a_row_while_loading_halt_with_the_reason():
     assert life.tick(1e9) == []
 
 
+def died_and_ready(life, **how):
+    for action in life.died(0.0, "why", **how):
+        if isinstance(action, WaitUntil):
+            assert life.tick(action.at) == [Spawn()]
+    life.ready()
+    return life.state
+
+
+def test_three_deaths_of_engines_that_had_begun_nothing_halt():
+    life = ready_life()
+    assert [died_and_ready(life, by_itself=True) for _ in range(3)] == [
+        State.READY,
+        State.READY,
+        State.HALTED,
+    ]
+    assert "3 times in a row without progress, at last why" in life.reason
+
+
+def test_deaths_at_work_are_given_longer_so_that_the_guilty_can_be_found():
+    life = ready_life()
+    states = [died_and_ready(life, at_work=True) for _ in range(POLICY.stuck_deaths)]
+    assert states == [State.READY] * (POLICY.stuck_deaths - 1) + [State.HALTED]
+
+
+@pytest.mark.parametrize("how", [{"by_itself": True}, {"at_work": True}])
+def test_progress_between_forgives(how):
+    life = ready_life()
+    for _ in range(20):
+        assert died_and_ready(life, **how) is State.READY
+        life.progressed()
+
+
+def test_who_ends_an_idle_engine_from_outside_never_halts_the_server():
+    life = ready_life()
+    for _ in range(50):
+        assert died_and_ready(life) is State.READY
+
+
 def test_a_start_that_succeeds_between_forgives_deaths_while_loading():
     life = EngineLife(POLICY)
     life.start()

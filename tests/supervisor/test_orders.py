@@ -93,12 +93,12 @@ async def play(order, epilogue):
                 opened.end(0, PROMPT + len(taken))
             case "death":
                 engines[-1].dies()
-                engines[-1].says(wire.Step([wire.Row(id, [98])], [], [wire.Ended(id, "stop", 0)]))
+                engines[-1].says(wire.Step(rows=[wire.Row(id, [98])], ended=[wire.Ended(id, "stop", 0)]))
                 engines.append(backend._engine)
                 engines[-1].says(READY)
             case _:
                 reason = {"eos": "stop", "length": "length"}[event]
-                engines[-1].says(wire.Step([], [], [wire.Ended(id, reason, 0)]))
+                engines[-1].says(wire.Step(ended=[wire.Ended(id, reason, 0)]))
         row()
     heard = await hear(opened)
     assert len(backend._journal) <= (engines[-1].sent[-1:] == [wire.End(id, PROMPT + len(taken))])
@@ -155,7 +155,7 @@ def test_an_engines_error_carries_its_kind():
         backend = ready_backend()
         opened = backend.open(job(range(PROMPT)))
         backend._engine.says(
-            wire.Step([], [], [wire.Ended(opened.ids[0], "error", 0, "OUT_OF_MEMORY", "too much")])
+            wire.Step(ended=[wire.Ended(opened.ids[0], "error", 0, "OUT_OF_MEMORY", "too much")])
         )
         with pytest.raises(backend_module.PenstockError, match="too much") as caught:
             await opened.next()

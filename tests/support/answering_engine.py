@@ -131,7 +131,7 @@ class Engine:
         prefilling = any(row.prefill_end > now for row in due.values())
         self.page.begin(
             (Phase.PREFILL if prefilling else Phase.DECODE) if self.rows else Phase.IDLE,
-            [(id, row.prompt + row.sent) for id, row in due.items()],
+            [(id, row.prompt + row.sent - 1, row.prompt + row.sent) for id, row in due.items()],
         )
         rows, prefill, ended = [], [], []
         for id, row in due.items():

@@ -63,6 +63,7 @@ class Sequence:
         self.ids, self.reason = self._answer(script)
         if submit.max_tokens is not None and submit.max_tokens < len(self.ids):
             self.ids, self.reason = self.ids[: submit.max_tokens], "length"
+        self.apart = submit.apart
         self.wrong = list(delivered) != self.ids[: self.at]
 
     def _answer(self, script: dict[str, Any]) -> tuple[list[int], str]:
@@ -185,7 +186,7 @@ class Engine:
         self.page.step_done()
         self.fault("step", self.steps)
         ended, self.ended = self.ended, []
-        self.channel.send(wire.Step(rows, prefill, ended))
+        self.channel.send(wire.Step(rows=rows, prefill=prefill, ended=ended))
         self.fault("sent", self.steps)
 
     def prefill(self) -> list[wire.Prefill]:
@@ -194,18 +195,24 @@ class Engine:
             return []
         sequence = min(left, key=lambda s: (s.total - s.prefilled, s.submit.arrival))
         seconds = self.script.get("prefill_seconds", 0.0)
-        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.prefilled)], seconds)
+        end = min(sequence.total, sequence.prefilled + self.script.get("prefill_chunk", 512))
+        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.prefilled, end)], seconds)
         self.fault("prefill", prompt=sequence.prompt)
         time.sleep(seconds)
-        sequence.prefilled = min(sequence.total, sequence.prefilled + self.script.get("prefill_chunk", 512))
+        sequence.prefilled = end
         return [wire.Prefill(sequence.id, sequence.prefilled, sequence.total)]
 
     def decode(self) -> list[wire.Row]:
         ready = [s for s in self.sequences.values() if s.prefilled >= s.total]
+        apart = [s for s in ready if s.total <= s.apart]
+        if apart:
+            # Suspects one at a time, the others in between.
+            ready = [s for s in ready if s not in apart] if self.steps % 2 else []
+            ready = ready or apart[:1]
         if not ready:
             return []
         seconds = self.script.get("token_seconds", 0.0)
-        self.page.begin(Phase.DECODE, [(s.id, s.total) for s in ready], seconds)
+        self.page.begin(Phase.DECODE, [(s.id, s.total - 1, s.total) for s in ready], seconds)
         for sequence in ready:
             self.fault("decode", prompt=sequence.prompt)
         time.sleep(seconds)

@@ -20,10 +20,12 @@ import msgspec
 
 from penstock import wire
 from penstock.errors import Kind, PenstockError
+from penstock.guilt import judge, judge_memory, must_be_sole
 from penstock.memory.probe import system_probe
 from penstock.supervisor import machine as m
+from penstock.supervisor.autopsy import DeathLog, memory_sign
 from penstock.supervisor.channel import FrontChannel
-from penstock.supervisor.journal import Entry, Journal, guilty, in_order_of_resubmission
+from penstock.supervisor.journal import Entry, Journal, accused, in_order_of_resubmission
 from penstock.supervisor.process import COMMAND, EngineProcess, describe_exit
 from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
@@ -81,6 +83,8 @@ class Backend:
         self._epoch = 0
         self._options: wire.EngineOptions | None = None
         self._unsent: deque[Entry] = deque()
+        self._sole: Entry | None = None
+        self._deaths = DeathLog()
         self._draining = False
         self._changed = asyncio.Event()
         self._stopped = False
@@ -194,6 +198,7 @@ class Backend:
                 case m.SubmitOpen():
                     waiting = [e for e in self._journal if e.life.is_open and e.epoch is None]
                     self._unsent = deque(in_order_of_resubmission(waiting))
+                    self._sole = next((e for e in reversed(waiting) if must_be_sole(e, e.computed)), None)
                     self._flush()
                 case m.FailOpen(kind, message):
                     self._fail_open(kind, message)
@@ -256,11 +261,22 @@ class Backend:
         engine = self._engine
         if engine is None or self._life.state is not m.State.READY:
             return
-        while self._unsent and engine.channel.writable:
-            entry = self._unsent.popleft()
+        if (sole := self._alone_on_board()) is not None:
+            waiting = deque([sole] if sole.epoch is None else [])
+        else:
+            waiting = self._unsent
+        while waiting and engine.channel.writable:
+            entry = waiting.popleft()
             if entry.life.is_open and entry.epoch is None:
                 entry.epoch = engine.epoch
                 engine.channel.send(entry.submit())
+
+    def _alone_on_board(self) -> Entry | None:
+        """Who has to pass alone at present; everybody else waits for it."""
+        entry = self._sole
+        if entry is not None and not (entry.life.is_open and must_be_sole(entry, entry.computed)):
+            self._sole = None
+        return self._sole
 
     def _finish(self, entry: Entry, reason: str) -> None:
         self._journal.drop(entry)
@@ -302,15 +318,17 @@ class Backend:
 
     def _step(self, step: wire.Step) -> None:
         get, is_open = self._journal.get, m.SequenceState.OPEN
+        progress = bool(step.rows or step.ended)
         for prefill in step.prefill:
             entry = get(prefill.id)
             if entry is not None and entry.life.is_open:
-                entry.prefilled = prefill.done
+                progress |= entry.prefill_came(prefill.done)
                 entry.ticket.put_progress(entry.choice, prefill.done, prefill.total)
         for row in step.rows:
             entry = get(row.id)
             if entry is not None and entry.life.state is is_open:
                 entry.delivered.extend(row.tokens)
+                entry.on_board = True
                 entry.ticket.put_tokens(entry.choice, row.tokens, row.logprobs, row.top)
         for ended in step.ended:
             entry = get(ended.id)
@@ -321,8 +339,10 @@ class Backend:
                 self._fail(entry, PenstockError(kind, ended.message or "The engine failed."))
             else:
                 self._finish(entry, ended.reason)
-        if step.rows or step.ended:
+        if progress:
             self._life.progressed()
+        if self._sole is not None:
+            self._flush()
 
     def _drop_overdue(self) -> None:
         longest = self._queue.seconds
@@ -373,28 +393,35 @@ class Backend:
         why = describe_exit(engine.code)
         if engine.verdict:
             why = f"{engine.verdict}, {why}"
+        suspects = accused(self._journal, view.rows)
+        words = engine.process.last_words
+        memory = None if engine.verdict else memory_sign(engine.code, words, self.status)
         expected = self._life.state in (m.State.STOPPING, m.State.HALTED)
         if not expected:
-            _log.error("the engine died: %s", why)
-            for line in engine.process.last_words:
-                _log.error("engine: %s", line)
-        found = guilty([e for e in self._journal if e.life.is_open], dict(view.rows))
+            self._deaths.say(why, memory, words)
+        if memory is None:
+            found = judge(suspects)
+        else:
+            on_board = {e.id for e in self._journal if e.on_board} | {e.id for e, _ in suspects}
+            lowered = self.warden.notches.count > 0
+            found = judge_memory(suspects, sole=len(on_board) == 1, lowered=lowered)
+            if not expected:
+                self.warden.notches.lower(monotonic())
         for entry in found:
-            self._fail(
-                entry,
-                PenstockError(Kind.ENGINE_DIED, "The engine died twice while computing this request."),
-            )
+            _log.error("request %d ended the engine twice by itself, and fails", entry.id)
+            died = "The engine died twice while computing this request."
+            self._fail(entry, PenstockError(Kind.ENGINE_DIED, died))
+            self._life.progressed()
         going_on = set()
         for entry in self._journal:
-            if entry.life.engine_died():
-                entry.epoch = None
-                entry.prefilled = 0
+            if entry.engine_died():
                 going_on.add(entry.ticket)
             else:
                 self._journal.drop(entry)
         for ticket in going_on:
             ticket.stats.restarts += 1
-        self._act(self._life.died(monotonic(), why))
+        by_itself = not view.rows and memory is None
+        self._act(self._life.died(monotonic(), why, at_work=bool(suspects), by_itself=by_itself))
         if not expected and self._life.state is m.State.RESTARTING:
             _log.warning("a new engine is being started; %d open sequences go on in it", len(self._journal))
 

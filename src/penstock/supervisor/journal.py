@@ -2,17 +2,19 @@
 
 Owns the entries of all sequences that an engine may know of. An id is written here before a client sees it,
 so that what was delivered can be told to the next engine, and never twice to the client. Ids of sequences are
-never used again. Pure but for the entries it holds: who is resubmitted, who is over and who is guilty are
+never used again. Pure but for the entries it holds: who is resubmitted, who is over and who is accused are
 functions of them.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from penstock import wire
+from penstock.guilt import Accusation, Span
+from penstock.page import Row
 from penstock.supervisor.machine import SequenceLife
 from penstock.supervisor.ticket import Job, Ticket
 
@@ -30,13 +32,12 @@ class Entry:
     delivered: array[int] = field(default_factory=lambda: array("I"))
     epoch: int | None = None
     prefilled: int = 0
-    accused_at: int | None = None
-    """The position at which it was accused of an engine's death."""
-
-    @property
-    def position(self) -> int:
-        """How far its ids have been computed, as far as the front knows."""
-        return len(self.job.prompt) + len(self.delivered) if self.delivered else self.prefilled
+    on_board: bool = False
+    """The present engine has computed something of it, so it holds memory there."""
+    furthest: int = 0
+    """How far its prefill ever came in any engine."""
+    accusation: Accusation | None = None
+    """What is held against it, of the engines' deaths."""
 
     @property
     def length(self) -> int:
@@ -58,7 +59,25 @@ class Entry:
             max_tokens=job.max_tokens,
             min_tokens=job.min_tokens,
             ignore_eos=job.ignore_eos,
+            apart=self.accusation.span[1] if self.accusation is not None and self.accusation.apart else 0,
         )
+
+    def prefill_came(self, done: int) -> bool:
+        """Notes progress of its prefill. True: it never came so far."""
+        further = done > max(self.furthest, self.length if self.delivered else 0)
+        self.prefilled, self.on_board = done, True
+        self.furthest = max(self.furthest, done)
+        return further
+
+    def engine_died(self) -> bool:
+        """True: it goes on in the next engine."""
+        self.epoch, self.prefilled, self.on_board = None, 0, False
+        return self.life.engine_died()
+
+    @property
+    def computed(self) -> int:
+        """How many of its ids have been computed at one time or another."""
+        return max(self.furthest, self.length - 1 if self.delivered else 0)
 
     def over(self, eos_ids: Collection[int]) -> str | None:
         """The reason, if its last id was delivered but the engine died before it could say so."""
@@ -114,19 +133,10 @@ def in_order_of_resubmission(entries: Iterable[Entry]) -> list[Entry]:
     return sorted(entries, key=lambda entry: (entry.length, entry.id))
 
 
-def guilty(entries: Iterable[Entry], accused: Mapping[int, int]) -> list[Entry]:
-    """Judges a death: returns who must fail, and notes who is now under suspicion.
+def accused(entries: Iterable[Entry], running: Iterable[Row]) -> list[tuple[Entry, Span]]:
+    """The open sequences among the rows that a dead engine's page names as running, each with its span.
 
-    `accused`: position by id of the rows that the page names as running; where it names none of the open
-    ones, all that the engine knew are suspects. Guilty is a suspect that was one before and has not advanced.
+    Where it names none nobody is accused: the engine died by itself.
     """
-    known = [entry for entry in entries if entry.epoch is not None]
-    suspects = [(entry, accused[entry.id]) for entry in known if entry.id in accused]
-    if not suspects:
-        suspects = [(entry, entry.position) for entry in known]
-    found = []
-    for entry, position in suspects:
-        if entry.accused_at is not None and position <= entry.accused_at:
-            found.append(entry)
-        entry.accused_at = position
-    return found
+    spans = {id: (start, end) for id, start, end in running}
+    return [(e, spans[e.id]) for e in entries if e.id in spans and e.life.is_open and e.epoch is not None]

@@ -6,7 +6,8 @@ text stop, end of turn, length and engine death, the API hears exactly one end. 
 from a slow one and from a front that was itself asleep.
 
     loading ──ready──▶ ready ──died──▶ restarting ──ready──▶ ready
-       │ halt, or three deaths in a row before ready              any ──stop──▶ stopping
+       │ halt, or deaths in a row: three while loading,           any ──stop──▶ stopping
+       │ three of idle engines, eight without progress
        └──────────────▶ halted
 """
 
@@ -77,6 +78,10 @@ class Policy:
     """Times in seconds."""
 
     loading_deaths: int = 3
+    idle_deaths: int = 3
+    """In a row, of engines that were ready and had begun nothing."""
+    stuck_deaths: int = 8
+    """In a row, of engines at work that got no further. Finding who is guilty takes four at most."""
     backoff: float = 0.5
     longest_backoff: float = 30.0
     exit_grace: float = 10.0
@@ -92,6 +97,8 @@ class EngineLife:
         self.deaths = 0
         self._alive = False
         self._fruitless = 0
+        self._idle_deaths = 0
+        self._stuck_deaths = 0
         self._loading_deaths = 0
         self._due: float | None = None
 
@@ -106,11 +113,14 @@ class EngineLife:
         return [SubmitOpen()]
 
     def progressed(self) -> None:
-        """A client got something since the last death."""
-        self._fruitless = 0
+        """Something was computed since the last death that never was before, or the guilty was found."""
+        self._fruitless = self._idle_deaths = self._stuck_deaths = 0
 
-    def died(self, now: float, why: str) -> list[Action]:
-        """The engine process is gone, or could not be started."""
+    def died(self, now: float, why: str, *, at_work: bool = False, by_itself: bool = False) -> list[Action]:
+        """The engine process is gone, or could not be started.
+
+        `at_work`: it was computing something; `by_itself`: it was not, and nobody else ended it.
+        """
         self._alive = False
         if self.state is State.HALTED:
             return []
@@ -120,9 +130,14 @@ class EngineLife:
         self.deaths += 1
         self._fruitless += 1
         self._loading_deaths += loading
+        self._idle_deaths += by_itself and not loading
+        self._stuck_deaths += at_work
         if self._loading_deaths >= self.policy.loading_deaths:
             times = self._loading_deaths
             return self._give_up(f"the engine died {times} times in a row while loading, at last {why}")
+        if self._idle_deaths >= self.policy.idle_deaths or self._stuck_deaths >= self.policy.stuck_deaths:
+            times = max(self._idle_deaths, self._stuck_deaths)
+            return self._give_up(f"the engine died {times} times in a row without progress, at last {why}")
         self.state, self.reason = State.RESTARTING, why
         if self._fruitless == 1:
             return self._spawn()

@@ -11,7 +11,10 @@ from penstock.log import repeated
 from penstock.memory.probe import Pressure, Probe
 from penstock.sizes import gigabytes
 from penstock.supervisor.budget import Governor, ceiling
+from penstock.supervisor.notches import Notches
 
+OUT_OF_MEMORY = "out_of_memory"
+"""Name of the engine's count of errors that spoke of memory."""
 NOTICEABLE = 0.01
 """Changes of the budget below this share of the ceiling are not worth a message."""
 
@@ -19,12 +22,14 @@ NOTICEABLE = 0.01
 class Warden:
     """The budget's keeper on the front's side."""
 
-    def __init__(self, probe: Probe, asked: int | None = None) -> None:
+    def __init__(self, probe: Probe, asked: int | None = None, notches: Notches | None = None) -> None:
         """`asked`: --memory-limit in bytes."""
         self.probe = probe
         self.asked = asked
         self.governor: Governor | None = None
+        self.notches = notches or Notches()
         self._told = 0
+        self._failed = 0
 
     @property
     def ceiling(self) -> int | None:
@@ -32,11 +37,12 @@ class Warden:
         return None if self.governor is None else self.governor.limit.size
 
     def device(self, device: wire.Device, now: float) -> wire.Budget:
-        """The first budget of a new engine: its ceiling."""
+        """The first budget of a new engine: its ceiling, or less after deaths that looked like memory."""
         machine = self.probe.machine()
         limit = ceiling(machine, device=machine.device or device.limit, asked=self.asked, used=device.used)
         self.governor = Governor(limit, now)
-        self._told = limit.size
+        self._failed = 0
+        self._told = self.notches.cap(limit.size)
         return self._message()
 
     def look(self, pid: int, status: wire.Status | None, now: float) -> wire.Budget | None:
@@ -48,11 +54,17 @@ class Warden:
             return None
         reading = self.probe.read(pid)
         floor = status.least if reading.pressure is Pressure.CRITICAL else status.floor
+        failed = status.counts.get(OUT_OF_MEMORY, 0)
+        if failed > self._failed:
+            self._failed = failed
+            self.notches.lower(now)
+        self.notches.look(now)
         before = self.governor.budget
         budget = self.governor.update(reading, floor, now)
         if budget < before * (1 - NOTICEABLE):
             why = self.governor.decided_by
             repeated("budget", f"memory budget cut to {gigabytes(budget)}: {why}")
+        budget = min(budget, self.notches.cap(self.governor.limit.size))
         full = budget == self.governor.limit.size
         if abs(budget - self._told) < self.governor.limit.size * NOTICEABLE and not (
             full and budget != self._told
@@ -64,4 +76,7 @@ class Warden:
     def _message(self) -> wire.Budget:
         assert self.governor is not None
         limit = self.governor.limit
-        return wire.Budget(self._told, limit.size, self.governor.decided_by)
+        why = self.governor.decided_by
+        if self.notches.count and self._told == self.notches.cap(limit.size):
+            why = "an engine that ran out of memory"
+        return wire.Budget(self._told, limit.size, why)
