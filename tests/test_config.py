@@ -106,15 +106,6 @@ def test_what_this_version_does_not_do_is_refused_by_name() -> None:
     assert config.refusal(Options(num_draft_tokens=5, kv_group_size=32, quantized_kv_start=0)) is None
 
 
-def test_options_of_the_absent_prompt_cache_are_accepted_with_one_sentence() -> None:
-    assert config.without_effect(Options()) == []
-    said = config.without_effect(Options(prompt_cache_size=10, prompt_cache_bytes=8_000_000_000))
-    assert len(said) == 1
-    assert said[0].startswith(
-        "--prompt-cache-size and --prompt-cache-bytes without effect: the prompt cache "
-    )
-
-
 def test_a_secret_never_appears_in_an_error() -> None:
     hush = dataclasses.field(metadata={"form": config.Form("", "unlike this", int), "secret": True})
     with pytest.raises(ConfigError, match=r"^--hush must be unlike this\.$"):

@@ -221,19 +221,18 @@ class Options:
         "unsent answers; requests beyond it get a 503.",
     )
     prompt_cache_size: int | None = _option(
-        LATER,
+        MEMORY,
         _whole(0),
         None,
-        "The most prompts in the prompt cache.",
-        unset="no limit of entries",
-        accepted="the prompt cache is not in this version",
+        "The most sequences in the prompt cache; 0 turns it off.",
+        unset="any number that the memory holds",
     )
     prompt_cache_bytes: int | None = _option(
-        LATER,
+        MEMORY,
         SIZE,
         None,
-        "The most bytes in the prompt cache.",
-        accepted="the prompt cache is not in this version",
+        "The most bytes in the prompt cache; 0 turns it off.",
+        unset="what the memory holds beside running requests, which come first",
     )
     adapter_path: str | None = _option(
         LATER, TEXT, None, "A directory with adapter weights.", refused="adapters are not supported yet"
@@ -347,15 +346,6 @@ def refusal(options: Options) -> str | None:
         if "refused" in option.metadata and getattr(options, option.name):
             return f"{flag_of(option)}: {option.metadata['refused']}."
     return None
-
-
-def without_effect(options: Options) -> list[str]:
-    """One sentence for each option that is set and accepted, but does nothing in this version."""
-    said: dict[str, list[str]] = {}
-    for option in listed():
-        if "accepted" in option.metadata and getattr(options, option.name) is not None:
-            said.setdefault(option.metadata["accepted"], []).append(flag_of(option))
-    return [f"{' and '.join(flags)} without effect: {why}." for why, flags in said.items()]
 
 
 def _as_text(value: Any) -> str:

@@ -206,5 +206,7 @@ def _engine_options(path: Path, text: TextParts, options: Options) -> wire.Engin
         prompt_concurrency=options.prompt_concurrency,
         prefill_step_size=options.prefill_step_size,
         stall_target_ms=options.stall_target_ms,
+        prompt_cache_bytes=options.prompt_cache_bytes,
+        prompt_cache_size=options.prompt_cache_size,
         xtc_special=(*newline, *sorted(text.tokenizer.eos_ids)),
     )

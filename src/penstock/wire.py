@@ -62,6 +62,9 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prompt_concurrency: int = 8
     prefill_step_size: int = 2048
     stall_target_ms: float = 200.0
+    prompt_cache_bytes: int | None = None
+    prompt_cache_size: int | None = None
+    """Caps on the prompt cache beside the budget, in bytes and in sequences; 0 turns it off."""
     xtc_special: tuple[int, ...] = ()
     """Ids that XTC never takes away: newline and end of turn, as the tokenizer knows them."""
     batch_mode: str = "auto"
@@ -86,6 +89,13 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     ignore_eos: bool = False
     apart: int = 0
     """Up to this position it runs alone in its steps: it is suspected of having ended an engine there."""
+
+    namespace: str = ""
+    """Sequences see each other's prefixes only within one: of an API key, say."""
+    borders: list[int] = []
+    """Positions where messages begin, ascending; the last is the generation prompt's."""
+    turn: int | None = None
+    """Position where the next turn is expected to leave this prompt."""
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):
@@ -168,6 +178,14 @@ class Row(msgspec.Struct, frozen=True, array_like=True):
     top: list[list[tuple[int, float]]] | None = None
 
 
+class Started(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt's first step: how many of its ids the cache had, and why not more."""
+
+    id: int
+    cached: int
+    why: str
+
+
 class Prefill(msgspec.Struct, frozen=True, array_like=True):
     """How far a prompt has been computed, in ids."""
 
@@ -191,6 +209,7 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     """What one step brought, for all rows together."""
 
     rows: list[Row] = []
+    started: list[Started] = []
     prefill: list[Prefill] = []
     ended: list[Ended] = []
 

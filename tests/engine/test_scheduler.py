@@ -207,7 +207,7 @@ def test_with_the_budget_for_k_exactly_k_run_at_once(k: int) -> None:
 
 def test_nothing_waits_while_the_pool_or_the_cache_could_give_room() -> None:
     waiting, running = sequence(1, 3_000), board(sequence(0, 100))
-    short = Room(free=1_000_000, pool=3_000_000, evictable=3_000_000)
+    short = Room(free=1_000_000, pool=4_000_000, evictable=4_000_000)
     assert isinstance(schedule([waiting, running], FACTS, short), ClearPool)
     assert isinstance(schedule([waiting, running], FACTS, replace(short, pool=0)), Evict)
     nothing = schedule([waiting, running], FACTS, replace(short, pool=0, evictable=0))
@@ -279,13 +279,14 @@ def test_the_oldest_prompt_keeps_half_of_the_prefill() -> None:
     assert given_to[False] > 20_000
 
 
-def test_the_stall_target_shortens_chunks_only_while_streams_run() -> None:
+def test_chunks_are_short_while_streams_run_and_never_take_seconds() -> None:
     long, stream = board(sequence(0, 60_000)), board(sequence(1, 1, max_tokens=100))
     facts = replace(FACTS, seconds_per_prefill_id=0.2 / 600)
     for sequences, speed, expected in [
         ([long, stream], 0.2 / 600, (600, "stall target")),
         ([long], 0.2 / 600, (2048, "prefill_step_size")),
         ([long, stream], 1.0, (CHUNK_FLOOR, "stall target")),
+        ([long], 2.0 / 1500, (1500, "stall target")),
     ]:
         plan = schedule(sequences, replace(facts, seconds_per_prefill_id=speed), PLENTY)
         assert isinstance(plan, Plan)

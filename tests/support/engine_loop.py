@@ -13,6 +13,7 @@ from penstock import wire
 from penstock.engine.accounts import Accounts
 from penstock.engine.calibrate import costs_of
 from penstock.engine.loop import Loop
+from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
 from penstock.memory.ledger import Account
 from penstock.memory.predict import Scalars, Transient
@@ -49,6 +50,8 @@ class Answer:
     logprobs: list[float] = field(default_factory=list)
     top: list[list[tuple[int, float]]] = field(default_factory=list)
     prefilled: list[int] = field(default_factory=list)
+    cached: int = 0
+    why: str = ""
     ended: wire.Ended | None = None
 
 
@@ -64,6 +67,7 @@ class EngineLoop:
         context_length: int = 4096,
         pipelined: bool = True,
         ceiling: int = 4 << 30,
+        cache_bytes: int | None = 0,
         transient: Transient = FREE,
         **facts: Any,
     ) -> None:
@@ -71,6 +75,7 @@ class EngineLoop:
         self.page = Page.create()
         costs = costs_of(runner)
         self.accounts = Accounts(ceiling, 0, costs, mx.set_cache_limit)
+        self.cache = PromptCache(runner, self.accounts, max_bytes=cache_bytes)
         defaults: dict[str, Any] = {
             "costs": costs,
             "transient": transient,
@@ -85,6 +90,7 @@ class EngineLoop:
             self.page,
             Facts(**{**defaults, **facts}),
             self.accounts,
+            self.cache,
             context_length=context_length,
             eos_ids=frozenset(eos_ids),
             vocab_size=vocab_size,
@@ -131,6 +137,9 @@ class EngineLoop:
     def close(self) -> None:
         """Let go of the page; nothing may be left in the runner."""
         assert not self.loop.sequences
+        assert not self.loop.leaving
+        self.cache.clear()
+        assert self.accounts.ledger.balance(Account.CACHED) == 0, "the cache holds what can't be evicted"
         assert self.loop.runner.bytes() == 0, "the engine is not empty when idle"
         assert not self.accounts.rows
         assert self.accounts.ledger.balance(Account.LIVE_KV) == 0
@@ -150,6 +159,9 @@ class EngineLoop:
                 answer.tokens += row.tokens
                 answer.logprobs += row.logprobs or []
                 answer.top += row.top or []
+            for started in message.started:
+                self.answers[started.id].cached = started.cached
+                self.answers[started.id].why = started.why
             for prefill in message.prefill:
                 self.answers[prefill.id].prefilled.append(prefill.done)
             for ended in message.ended:

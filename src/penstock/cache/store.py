@@ -39,6 +39,7 @@ class Snapshot:
     position: int
     parts: list[Any]
     size: int
+    buffers: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def snapshot(row: Row, position: int) -> Snapshot:
         else:
             parts.append(None)
     mx.eval(arrays)
-    return Snapshot(position, parts, int(mx.get_array_buffer_size(arrays)))
+    return Snapshot(position, parts, int(mx.get_array_buffer_size(arrays)), len(arrays))
 
 
 def restore(row: Row, taken: Snapshot) -> None:

@@ -40,8 +40,6 @@ def run(asked: argparse.Namespace) -> int:
         return refused.exit_code if isinstance(refused, Refusal) else MENDED_BY_USER
     options = resolved.options
     log.setup(options.log_level)
-    for sentence in config.without_effect(options):
-        log.logger.warning(sentence)
     for name in config.unknown_variables(os.environ):
         log.logger.warning(f"{name} is set, but there is no such option.")
     from penstock import front

@@ -130,6 +130,16 @@ class Runner:
         """Give the row room for `capacity` positions now, layer by layer, evaluated."""
         row.reserve(capacity)
 
+    def settle(self, row: Row) -> None:
+        """Let the row hold its recurrent states itself, so that they can be read from it."""
+        self._stack.release([row])
+
+    def detach(self, row: Row) -> None:
+        """Let go of a row that keeps its keys and values, and nothing else: they belong to the caller."""
+        self._rows.remove(row)
+        row.keep_kv()
+        self._stack.forget(row)
+
     def close(self, row: Row) -> None:
         """Let go of a row's memory; other rows don't notice. Closing twice is harmless."""
         if row.is_open:

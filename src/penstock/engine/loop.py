@@ -25,6 +25,7 @@ import mlx.core as mx
 
 from penstock import wire
 from penstock.engine.accounts import Accounts
+from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.sampler import Sampled, SamplingBatch, sample
 from penstock.engine.scheduler import (
     Admit,
@@ -83,6 +84,7 @@ class Loop:
         page: Page,
         facts: Facts,
         accounts: Accounts,
+        cache: PromptCache,
         *,
         context_length: int,
         eos_ids: frozenset[int],
@@ -95,6 +97,8 @@ class Loop:
         self.page = page
         self.facts = facts
         self.accounts = accounts
+        self.cache = cache
+        self.leaving: list[Sequence] = []
         self.correction = Correction()
         self.counts: Counter[str] = Counter()
         self.decided_by = ""
@@ -108,7 +112,7 @@ class Loop:
         self.pipelined = pipelined
         self.sequences: dict[int, Sequence] = {}
         self.in_flight: InFlight | None = None
-        self.report = wire.Step([], [], [])
+        self.report = wire.Step([], [], [], [])
         self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
 
     def run(self) -> None:
@@ -144,7 +148,10 @@ class Loop:
             facts = replace(
                 self.facts, departures=self.accounts.departures, correction=self.correction.factor
             )
-            decision = schedule(self.sequences.values(), facts, self.accounts.room())
+            room = self.accounts.room(self.cache.evictable)
+            decision = schedule(self.sequences.values(), facts, room)
+            if isinstance(decision, Plan) and self._enter(decision):
+                continue
             if isinstance(decision, Plan):
                 self.accounts.restore_pool(decision.transient)
                 return decision
@@ -152,6 +159,21 @@ class Loop:
                 self._read()  # its transient is about to be free, and a row may end
                 continue
             self._apply(decision)
+
+    def _enter(self, plan: Plan) -> bool:
+        """Look into the cache for a sequence that is about to take its first step; then plan anew.
+
+        Only now, because what came before it may have left its prefix there in the meantime.
+        """
+        first = [*plan.decode, *([plan.chunk.sequence] if plan.chunk else [])]
+        new = [sequence for sequence in first if not sequence.entered]
+        for sequence in new:
+            others = [s for s in self.sequences.values() if s.row is not None and s is not sequence]
+            first_time = not sequence.why
+            self.cache.enter(sequence, others)
+            if first_time:
+                self.report.started.append(wire.Started(sequence.id, sequence.cached, sequence.why))
+        return bool(new)
 
     def _apply(self, measure: Measure) -> None:
         self.counts[type(measure).__name__.lower()] += 1
@@ -164,7 +186,7 @@ class Loop:
                 self.accounts.clear_pool()
             case Preempt(sequence):
                 log.info("preempting sequence %d at %d ids", sequence.id, sequence.computed)
-                self._leave(sequence)
+                self.cache.preempt(sequence)
                 sequence.restart()
                 sequence.preempted_at = self.accounts.departures
             case GiveUp(sequence):
@@ -173,8 +195,8 @@ class Loop:
                 else:
                     message = "The memory that this request needs is not free on this machine; busy, retry."
                     self._end(sequence, "error", kind="OUT_OF_MEMORY", message=message)
-            case Evict():
-                raise AssertionError("nothing is cached")
+            case Evict(size):
+                self.cache.evict(size)
 
     # -- messages -------------------------------------------------------------------------------------
 
@@ -182,6 +204,7 @@ class Loop:
         idle = self.in_flight is None and not self.runnable
         if idle:
             self.page.begin(Phase.IDLE)
+            self.cache.tidy()
         for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
             self._take(message)
         while self.channel.backlog > BACKLOG_BOUND:
@@ -199,11 +222,19 @@ class Loop:
                 if sequence is not None:
                     self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Budget():
-                self.accounts.set_budget(message.size)
+                self._set_budget(message.size)
             case wire.Shutdown():
                 raise ShutdownAsked
             case _:
                 log.error("unexpected message %s", type(message).__name__)
+
+    def _set_budget(self, size: int) -> None:
+        """A fall takes what nobody waits for at once; the next plan does the rest."""
+        self.accounts.set_budget(size)
+        if self.accounts.ledger.room < 0:
+            self.accounts.clear_pool()
+        if self.accounts.ledger.room < 0:
+            self.cache.evict(-self.accounts.ledger.room)
 
     def _submit(self, message: wire.Submit) -> None:
         sequence = Sequence(message, self.context_length)
@@ -214,23 +245,30 @@ class Loop:
         if reason is not None:
             self._end(sequence, reason)
 
-    def _leave(self, sequence: Sequence) -> None:
-        self.runner.close(sequence.row)
-        sequence.row = None
-        self.accounts.leave(sequence)
-
     def _end(self, sequence: Sequence, reason: str, *, computed: int | None = None, **error: str) -> None:
         del self.sequences[sequence.id]
-        if sequence.row is not None:
-            self._leave(sequence)
-            self.accounts.departures += 1
         kept = sequence.computed if computed is None else computed
         self.report.ended.append(wire.Ended(sequence.id, reason, kept, **error))
+        if sequence.row is None:
+            return
+        self.accounts.departures += 1
+        if sequence.launched > sequence.computed:
+            self.leaving.append(sequence)  # a step with it is in flight, and may still be read cleanly
+        else:
+            self.cache.leave(sequence)
+
+    def _let_go(self, left: list[Sequence]) -> None:
+        """Publish the rows of sequences that ended while the step that was read now was in flight."""
+        for sequence in left:
+            self.leaving.remove(sequence)
+            sequence.computed = min(sequence.launched, len(sequence.tokens))
+            self.cache.leave(sequence)
 
     def _emit(self) -> None:
-        if self.report.rows or self.report.prefill or self.report.ended:
-            self.channel.send(self.report)
-            self.report = wire.Step([], [], [])
+        report = self.report
+        if report.rows or report.started or report.prefill or report.ended:
+            self.channel.send(report)
+            self.report = wire.Step([], [], [], [])
 
     # -- one step -------------------------------------------------------------------------------------
 
@@ -250,7 +288,7 @@ class Loop:
         return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic())
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
-        self.page.begin(Phase.DECODE, [(s.id, s.launched) for s in rows])
+        self.page.begin(Phase.DECODE, [(s.id, s.computed, s.launched + 1) for s in rows])
         inputs = self._inputs(rows)
         logits = self.runner.decode([s.row for s in rows], inputs)
         batch = self._sampling_batch(rows)
@@ -288,7 +326,8 @@ class Loop:
 
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
-        self.page.begin(Phase.PREFILL, [(sequence.id, sequence.launched)], self._predicted_seconds(chunk))
+        span = (sequence.id, sequence.computed, sequence.launched + chunk.length)
+        self.page.begin(Phase.PREFILL, [span], self._predicted_seconds(chunk))
         self.decided_by = chunk.decided_by
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
@@ -304,6 +343,7 @@ class Loop:
     def _read(self) -> None:
         """Wait for the step in flight and book what it brought. Raises what MLX raises, also late."""
         step, self.in_flight = self.in_flight, None
+        left = list(self.leaving)
         if step is None:
             return
         try:
@@ -316,6 +356,7 @@ class Loop:
         finally:
             self.accounts.ledger.release(step.lease)
         self.page.step_done()
+        self._let_go(left)
 
     def _observe(self, step: InFlight) -> None:
         """Compare the step's peak with what was granted for it. Rows not yet written make it look smaller."""
@@ -362,6 +403,7 @@ class Loop:
         self.facts = replace(self.facts, seconds_per_prefill_id=speed)
         if self.sequences.get(sequence.id) is sequence:
             sequence.computed += chunk.length
+            self.cache.reached(sequence)
             self.report.prefill.append(wire.Prefill(sequence.id, sequence.computed, sequence.prompt_length))
 
     # -- errors ---------------------------------------------------------------------------------------
@@ -375,8 +417,11 @@ class Loop:
         self.in_flight = None
         self.sampling = None
         self.counts["errors"] += 1
+        for sequence in self.leaving:
+            self.cache.forget(sequence)
+        self.leaving = []
         for sequence in [s for s in self.sequences.values() if s.row is not None]:
-            self._leave(sequence)
+            self.cache.forget(sequence)
             sequence.restart()
             sequence.failures += 1
             if sequence.failures > 1:

@@ -22,12 +22,15 @@ from penstock.engine import calibrate, loader, probe, profile
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
+from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
 from penstock.memory.costs import Fit
 from penstock.memory.probe import system_probe
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone, adopt
 from penstock.sizes import gigabytes
+
+log = logging.getLogger("penstock.engine")
 
 EXIT_HALTED = 3
 WARM_UP = 768
@@ -95,11 +98,17 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
             room=room,
             context_length=facts.context_length,
             longest=options.prefill_step_size,
+            beat=page.beat,
         )
         profile.save(key, transient)
     mx.clear_cache()
     accounts = Accounts(budget.ceiling, facts.weights_bytes, costs, mx.set_cache_limit)
     accounts.set_budget(budget.size)
+    cache = PromptCache(
+        runner, accounts, max_bytes=options.prompt_cache_bytes, max_entries=options.prompt_cache_size
+    )
+    if cache.obstacle:
+        log.warning("the prompt cache is off: this model's %s can't be cut or kept exactly", cache.obstacle)
     mx.set_memory_limit(budget.ceiling)
     longest = Fit(costs, transient).longest(room, facts.context_length)
     if longest == 0:
@@ -139,6 +148,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
             transient=transient,
         ),
         accounts,
+        cache,
         context_length=facts.context_length,
         eos_ids=frozenset(facts.eos_ids),
         vocab_size=facts.vocab_size,

@@ -103,6 +103,15 @@ def _enlarged(buffer: mx.array, used: int, capacity: int) -> mx.array:
     return larger
 
 
+def _shrink(window: Any) -> None:
+    surplus = window.keys.shape[2] - window.max_size
+    keys, values = window.keys, window.values
+    if surplus > 0:
+        keys, values = window._trim(surplus, keys), window._trim(surplus, values)
+        window._idx = window.max_size
+    window.keys, window.values = mx.contiguous(keys), mx.contiguous(values)
+
+
 Leaf = Any
 """A cache that isn't a list of caches: RowKV, RotatingKVCache, ArraysCache, or a class we don't know."""
 
@@ -172,9 +181,21 @@ class Row:
         return True
 
     def unpin(self) -> None:
-        """Let states own their bytes (lazily): models store slices that keep a whole chunk alive."""
+        """Let states and windows own their bytes and no more, lazily: a chunk leaves more of them alive.
+
+        Models store states that are slices of a whole chunk, and a window holds a chunk beyond its size
+        until the next position comes.
+        """
         for cache in self.states:
             cache.cache = [None if array is None else mx.contiguous(array) for array in cache.cache]
+        for window in self.leaves:
+            if isinstance(window, RotatingKVCache):
+                _shrink(window)
+
+    def keep_kv(self) -> None:
+        """No longer a row: only its keys and values are left, to be read."""
+        self.is_open = False
+        self.caches, self.leaves, self.states = [], [], []
 
     def close(self) -> None:
         """Let go of everything."""

@@ -21,6 +21,10 @@ from penstock.memory.costs import CHUNK_FLOOR, Costs, grown
 from penstock.memory.predict import Transient
 
 
+LONE_CHUNK = 2.0
+"""Seconds that a chunk may take while nobody streams: a cancel waits for it, and so does a new request."""
+
+
 @dataclass(frozen=True, slots=True)
 class Room:
     """The ledger's side of a decision, in bytes."""
@@ -155,7 +159,8 @@ def _step_bytes(
     lasting = sum(facts.costs.growth(s.capacity, new) for s, new in grow)
     moving = max((facts.costs.moving(s.capacity) for s, _ in grow), default=0)
     regroup = facts.costs.states * len(decode) if tuple(s.id for s in decode) != facts.stacked else 0
-    return lasting, facts.transient.decode(s.launched + 1 for s in decode) + moving + regroup
+    drawing = facts.transient.decode((s.launched + 1 for s in decode), sum(s.costly_draw for s in decode))
+    return lasting, drawing + moving + regroup
 
 
 def _make_room(lacking: int, room: Room, on_board: list[Sequence]) -> Measure:
@@ -197,7 +202,8 @@ def _entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
     """A row, and the costliest step it will ask for at the floor: what could not end is not begun."""
     length = len(sequence.tokens)
     floor = min(CHUNK_FLOOR, length)
-    step = max(facts.transient.prefill(floor, length - floor), facts.transient.decode([length]))
+    drawing = facts.transient.decode([length], sequence.costly_draw)
+    step = max(facts.transient.prefill(floor, length - floor), drawing)
     return facts.costs.row(capacity) + facts.costs.states + step
 
 
@@ -207,12 +213,15 @@ def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts, free: int) 
         return None
     sequence = choose_prompt(prompts)
     length, why = facts.chunk_longest, "prefill_step_size"
-    if streams_run and facts.seconds_per_prefill_id:
-        within = max(CHUNK_FLOOR, int(facts.stall_target / facts.seconds_per_prefill_id))
+    if facts.seconds_per_prefill_id:
+        seconds = facts.stall_target if streams_run else max(LONE_CHUNK, facts.stall_target)
+        within = max(CHUNK_FLOOR, int(seconds / facts.seconds_per_prefill_id))
         if within < length:
             length, why = within, "stall target"
     if sequence.prefill_left <= length:
         length, why = sequence.prefill_left, "end of prompt"
+    if sequence.until_cut < length:
+        length, why = sequence.until_cut, "checkpoint"
     fits = facts.transient.longest_chunk(int(free / facts.correction), sequence.launched, length)
     if fits < length:
         length, why = max(fits, min(CHUNK_FLOOR, length)), "memory"

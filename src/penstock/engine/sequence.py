@@ -22,20 +22,27 @@ class Sequence:
 
     __slots__ = (
         "arrival",
+        "borders",
+        "cached",
         "capacity",
         "computed",
+        "cuts",
+        "entered",
         "failures",
         "id",
         "ignore_eos",
         "launched",
         "limit",
         "min_tokens",
+        "namespace",
         "passed_over",
         "preempted_at",
         "prompt_length",
         "row",
         "sampling",
         "tokens",
+        "turn",
+        "why",
     )
 
     def __init__(self, submit: Submit, context_length: int) -> None:
@@ -53,6 +60,13 @@ class Sequence:
         self.computed = 0
         self.failures = 0
         self.passed_over = 0
+        self.namespace = submit.namespace
+        self.borders = submit.borders
+        self.turn = submit.turn
+        self.entered = False
+        self.cached = 0
+        self.why = ""
+        self.cuts: list[int] = []
         self.row: Any = None
         self.capacity = 0
         self.preempted_at: int | None = None
@@ -66,6 +80,11 @@ class Sequence:
     def decodable(self) -> bool:
         """Whether a decode step may take it: its input is known or on the device, and the draw counts."""
         return self.prefill_left == 0 and self.launched + 2 <= self.limit
+
+    @property
+    def until_cut(self) -> int:
+        """Ids up to the next position where a chunk has to end, so that the state there can be kept."""
+        return next((cut for cut in self.cuts if cut > self.launched), len(self.tokens)) - self.launched
 
     @property
     def input_on_device(self) -> bool:
@@ -83,6 +102,11 @@ class Sequence:
         return self.drawn - self.prompt_length < self.min_tokens
 
     @property
+    def costly_draw(self) -> bool:
+        """Whether its draws hold more than others': XTC sorts the vocabulary twice."""
+        return self.sampling.xtc_probability > 0
+
+    @property
     def first_capacity(self) -> int:
         """Ids that its row is opened for: the prompt and the answer's first part, or what it has grown to."""
         first = min(self.prompt_length + FIRST_ROOM, self.limit)
@@ -96,6 +120,8 @@ class Sequence:
     def restart(self) -> None:
         """Forget what was computed: the ids stay, everything is to be computed again."""
         self.row = None
+        self.entered = False
+        self.cuts = []
         self.capacity = 0
         self.launched = 0
         self.computed = 0

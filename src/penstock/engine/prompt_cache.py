@@ -1,0 +1,230 @@
+"""The prompt cache at work: between the tree (what is where), the store (arrays) and the books (bytes).
+
+A row that lives is lent to the tree, which reads from it between steps; when its sequence ends, what is new
+in it is copied into segments, or, where there is no room for a copy, its buffers themselves become the
+tree's. A hit copies a prefix once, into the new row's own buffers. Bytes are reserved before they are
+there, under the account CACHED. Invariant: what is published was read cleanly and is never written again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterable
+from typing import Any
+
+import mlx.core as mx
+
+from penstock.cache import store
+from penstock.cache.checkpoints import positions
+from penstock.cache.nodes import Cover
+from penstock.cache.tree import Cut, Tree
+from penstock.engine.accounts import Accounts
+from penstock.engine.batch import Runner
+from penstock.engine.rows import Row
+from penstock.engine.sequence import Sequence
+from penstock.memory.ledger import Account, Lease
+
+
+class PromptCache:
+    """What the loop asks for and tells of its rows. `enabled` is False where a cache class has no rule."""
+
+    def __init__(
+        self,
+        runner: Runner,
+        accounts: Accounts,
+        *,
+        max_bytes: int | None = None,
+        max_entries: int | None = None,
+    ) -> None:
+        sample = runner.open(1)
+        mx.eval(runner.prefill(sample, [0]))
+        self.obstacle = store.obstacle(sample)
+        stateful = store.needs_snapshots(sample)
+        runner.close(sample)
+        self.runner = runner
+        self.accounts = accounts
+        self.costs = accounts.costs
+        self.enabled = self.obstacle is None and max_bytes != 0 and max_entries != 0
+        state_tokens = self.costs.fixed // self.costs.kv_per_token if self.costs.kv_per_token else 1
+        self.tree = Tree(stateful, max(1, state_tokens), max_bytes, max_entries)
+        self._stored: Lease = accounts.ledger.take(Account.CACHED, 0, 0, accounts.ceiling)
+        self._buffers = 0
+        self._covers: dict[int, Cover] = {}
+        self._adopted: dict[Row, tuple[Cover, Lease]] = {}
+        self._now = 0.0
+
+    @property
+    def evictable(self) -> int:
+        """Bytes that `evict` could free now."""
+        return self.tree.evictable if self.enabled else 0
+
+    # -- rows come -----------------------------------------------------------------------------------
+
+    def enter(self, sequence: Sequence, others: Iterable[Sequence]) -> None:
+        """A row that is about to be prefilled: fill it with the longest prefix that is there, and lend it."""
+        sequence.entered = True
+        if not self.enabled:
+            sequence.why = "not cached" if self.obstacle else "off"
+            return
+        for other in others:
+            self._extend(other)
+        self._now += 1
+        ids = sequence.tokens[
+            : len(sequence.tokens) - 1
+        ]  # the last id is always computed: it gives the logits
+        match = self.tree.match(sequence.namespace, ids)
+        if match.usable:
+            pin = self.tree.pin(match, self._now)
+            parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
+            store.assemble(sequence.row, parts)
+            if match.checkpoint is not None:
+                store.restore(sequence.row, match.checkpoint.handle)
+            self._free(self.tree.unpin(pin, self._now))
+            sequence.launched = sequence.computed = match.usable
+        sequence.cached, sequence.why = match.usable, match.why
+        cover = self.tree.lend(sequence.namespace, sequence.row)
+        self._covers[sequence.id] = cover
+        self._extend(sequence)
+        if self.tree.stateful:
+            parted = match.length if match.usable < match.length < len(ids) else None
+            wanted = positions(
+                sequence.prompt_length,
+                sequence.borders,
+                match.usable,
+                parted,
+                self.tree.state_tokens,
+                sequence.turn,
+            )
+            sequence.cuts = [position for position in wanted if position < len(sequence.tokens)]
+
+    def reached(self, sequence: Sequence) -> None:
+        """A chunk was read cleanly: keep the state if this is where one was wanted."""
+        if sequence.computed in sequence.cuts and sequence.computed == sequence.row.length:
+            self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[-1:]))
+
+    # -- rows go -------------------------------------------------------------------------------------
+
+    def leave(self, sequence: Sequence) -> None:
+        """The sequence has ended, was read cleanly, and its row is not needed: publish and free it."""
+        cover = self._lent(sequence)
+        if cover is None:
+            self._close(sequence)
+            return
+        if self.tree.stateful and cover.length == sequence.row.length:
+            self._keep(sequence, anchor=True)
+        del self._covers[sequence.id]
+        if self._pack(cover, sequence.row):
+            self._free(self.tree.drop(cover, self._now))
+            self._close(sequence)
+        else:
+            self._adopt(sequence, cover)
+
+    def preempt(self, sequence: Sequence) -> None:
+        """The row's memory moves to the cache as it is; nothing is allocated."""
+        cover = self._lent(sequence)
+        if cover is None or not cover.length:
+            self.forget(sequence)
+            return
+        del self._covers[sequence.id]
+        self._adopt(sequence, cover)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Nothing of the row may be believed, or nothing is there: drop it."""
+        cover = self._covers.pop(sequence.id, None)
+        if cover is not None:
+            self._free(self.tree.drop(cover, self._now))
+        self._close(sequence)
+
+    # -- room ----------------------------------------------------------------------------------------
+
+    def evict(self, size: int) -> None:
+        """Free at least `size` bytes if that many can go, the least valuable first."""
+        self._free(self.tree.evict(size, self._now))
+
+    def tidy(self) -> None:
+        """With nothing else to do: pack what was adopted, where there is room for the copies."""
+        for row, (cover, _) in list(self._adopted.items()):
+            if not self._pack(cover, row):
+                return
+
+    def clear(self) -> None:
+        """Drop everything that no live row holds."""
+        self.evict(self.tree.bytes)
+
+    # -- inside --------------------------------------------------------------------------------------
+
+    def _lent(self, sequence: Sequence) -> Cover | None:
+        """The sequence's cover, up to what is computed."""
+        self._extend(sequence)
+        return self._covers.get(sequence.id)
+
+    def _extend(self, sequence: Sequence) -> None:
+        cover = self._covers.get(sequence.id)
+        if cover is None:
+            return
+        while sequence.computed > cover.length:
+            ids = array("I", sequence.tokens[cover.length : sequence.computed])
+            cut = self.tree.extend(cover, ids, self._now)
+            if cut is None or not self._cut(cut):
+                return
+
+    def _cut(self, cut: Cut) -> bool:
+        """Copy a segment in two; False if there is no room for the copies."""
+        if not self._room(cut.segment.size):
+            return False
+        first, rest = store.cut(cut.segment.handle, cut.at)
+        self._buffers += len(first.arrays) + len(rest.arrays)
+        self._free(self.tree.cut(cut, (first, first.size), (rest, rest.size), self._now))
+        return True
+
+    def _keep(self, sequence: Sequence, *, anchor: bool) -> None:
+        cover = self._lent(sequence)
+        if cover is None or cover.length != sequence.computed or not self._room(self.costs.fixed):
+            return
+        self.runner.settle(sequence.row)
+        taken = store.snapshot(sequence.row, sequence.computed)
+        self._buffers += taken.buffers
+        self._free(self.tree.keep(cover, taken.position, taken, taken.size, self._now, anchor))
+
+    def _pack(self, cover: Cover, row: Row) -> bool:
+        """Copy what no segment holds into segments; False where room runs out."""
+        for start, count in self.tree.unpacked(cover):
+            if not self._room(self.costs.kv_per_token * count):
+                return False
+            segment = store.pack(row, start, count)
+            self._buffers += len(segment.arrays)
+            self._free(self.tree.pack(cover, [(segment, count, segment.size)], self._now))
+        return True
+
+    def _room(self, size: int) -> bool:
+        return self.accounts.ledger.can_reserve(size)
+
+    def _adopt(self, sequence: Sequence, cover: Cover) -> None:
+        row = sequence.row
+        lease = self.accounts.rows.pop(sequence.id)
+        kept = self.costs.kv_per_token * sequence.capacity
+        self.accounts.ledger.move(lease, Account.CACHED)
+        self.accounts.ledger.correct(lease, kept, 2 * len(row.kv))
+        self.runner.detach(row)
+        sequence.row = None
+        self._adopted[row] = cover, lease
+        self._free(self.tree.adopt(cover, row, kept, self._now))
+
+    def _close(self, sequence: Sequence) -> None:
+        self.runner.close(sequence.row)
+        sequence.row = None
+        self.accounts.leave(sequence)
+
+    def _free(self, handles: Iterable[Any]) -> None:
+        """Let go of what the tree no longer needs, and bring the books in line."""
+        for handle in handles:
+            if isinstance(handle, Row):
+                if handle in self._adopted:
+                    self.accounts.ledger.release(self._adopted.pop(handle)[1])
+                    handle.close()
+            elif isinstance(handle, store.Segment):
+                self._buffers -= len(handle.arrays)
+            elif isinstance(handle, store.Snapshot):
+                self._buffers -= handle.buffers
+        packed = self.tree.bytes - sum(cover.size for cover, _ in self._adopted.values())
+        self.accounts.ledger.correct(self._stored, packed, self._buffers)

@@ -1,0 +1,173 @@
+"""The prompt cache through the loop: what hits, what is computed again, and whose bytes are whose."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+
+import pytest
+
+from penstock import wire
+from penstock.cache.nodes import below
+from penstock.engine.batch import Runner
+from penstock.memory.ledger import Account
+from tests.support import tiny_models
+from tests.support.engine_loop import EngineLoop
+
+NAMES = ["qwen3", "qwen3_5", "gemma3_text", "deepseek_v3"]
+SAMPLING = wire.Sampling(temperature=1.0, seed=3)
+
+
+def ids(count: int, seed: int) -> list[int]:
+    return random.Random(seed).choices(range(256), k=count)
+
+
+def make(name: str, **options: object) -> EngineLoop:
+    runner = Runner(tiny_models.build(name))
+    options = {"cache_bytes": None, **options}
+    return EngineLoop(runner, vocab_size=tiny_models.VOCAB, **options)  # type: ignore[arg-type]
+
+
+@pytest.fixture(params=NAMES, name="engine")
+def _engine(request: pytest.FixtureRequest) -> Iterator[EngineLoop]:
+    engine = make(request.param)
+    yield engine
+    engine.close()
+
+
+def ask(engine: EngineLoop, prompt: list[int], **fields: object) -> tuple[list[int], int]:
+    """The answer, and how many of the prompt's ids came from the cache."""
+    id_ = engine.submit(prompt, max_tokens=6, sampling=SAMPLING, **fields)  # type: ignore[arg-type]
+    engine.play()
+    answer = engine.answers[id_]
+    return answer.tokens, answer.cached
+
+
+def uncached(name: str, prompt: list[int]) -> list[int]:
+    engine = make(name, cache_bytes=0)
+    tokens, _ = ask(engine, prompt)
+    engine.close()
+    return tokens
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_chat_that_grows_computes_only_what_is_new(name: str) -> None:
+    engine = make(name)
+    prompt = ids(700, 1)
+    for turn in range(4):
+        border = len(prompt) - 3
+        tokens, cached = ask(engine, prompt, borders=[5, border])
+        assert tokens == uncached(name, prompt), f"turn {turn}"
+        assert len(prompt) - cached <= (700 if turn == 0 else 60 + 64)
+        prompt = prompt + tokens + ids(60, 10 + turn)
+    engine.close()
+
+
+def test_the_same_prompt_again_hits_up_to_its_last_id(engine: EngineLoop) -> None:
+    prompt = ids(300, 2)
+    first, cached = ask(engine, prompt, borders=[5, 290])
+    assert cached == 0
+    second, cached = ask(engine, prompt, borders=[5, 290])
+    assert second == first
+    assert cached >= 290
+
+
+def test_prompts_that_part_share_what_they_have_in_common(engine: EngineLoop) -> None:
+    shared = ids(600, 3)
+    one, two, three = (shared + ids(40, seed) for seed in (4, 5, 6))
+    ask(engine, one, borders=[5, 600])
+    for branch in (two, three):
+        _, cached = ask(engine, branch, borders=[5, 600])
+        assert cached >= 600 - 1
+    held = engine.cache.tree.tokens
+    assert held <= 600 + 3 * 48
+
+
+def test_another_namespace_sees_nothing(engine: EngineLoop) -> None:
+    prompt = ids(200, 7)
+    ask(engine, prompt, borders=[5, 190], namespace="a")
+    assert ask(engine, prompt, borders=[5, 190], namespace="b")[1] == 0
+    assert ask(engine, prompt, borders=[5, 190], namespace="a")[1] >= 190
+
+
+def test_a_cancelled_prefill_is_resumed_by_the_same_request(engine: EngineLoop) -> None:
+    prompt = ids(2000, 8)
+    id_ = engine.submit(prompt, max_tokens=5)
+    for _ in range(12):
+        engine.turn()
+    done = engine.loop.sequences[id_].computed
+    assert 300 < done < 1900
+    engine.end(id_)
+    engine.play()
+    again = engine.submit(prompt, max_tokens=5)
+    engine.play()
+    assert engine.answers[again].cached >= done - 64
+
+
+def test_a_sub_agent_that_starts_while_its_parent_decodes_hits_its_prefix() -> None:
+    for name in ("qwen3", "qwen3_5"):
+        engine = make(name)
+        prompt = ids(500, 9)
+        parent = engine.submit(prompt, max_tokens=200, borders=[5, 480])
+        for _ in range(30):
+            engine.turn()
+        assert len(engine.answers[parent].tokens) > 5
+        child = engine.submit(prompt[:480] + ids(30, 10), max_tokens=5, borders=[5, 480])
+        engine.play()
+        assert engine.answers[child].cached >= 480
+        engine.close()
+
+
+def test_stored_bytes_are_each_tokens_once(engine: EngineLoop) -> None:
+    shared = ids(1500, 11)
+    unique = len(shared)
+    for seed in range(8):
+        tail = ids(100, 20 + seed)
+        ask(engine, shared + tail, borders=[5, 1500])
+        unique += len(tail) + 6
+    tree = engine.cache.tree
+    per_token = engine.accounts.costs.kv_per_token
+    nodes = [node for root in tree._roots.values() for node in below(root)]
+    states = sum(kept.size for node in nodes for kept in node.checkpoints.values())
+    assert tree.tokens <= unique
+    assert tree.bytes - states <= 1.10 * unique * per_token
+    assert engine.accounts.ledger.balance(Account.CACHED) == tree.bytes
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5"])
+def test_the_cache_gives_way_to_rows_and_no_request_is_lost(name: str) -> None:
+    engine = make(name)
+    per_token, fixed = engine.accounts.costs.kv_per_token, engine.accounts.costs.fixed
+    ceiling = 7_000 * per_token + 12 * fixed
+    engine.close()
+    engine = make(name, ceiling=ceiling, chunk_longest=512)
+    for seed in range(10):
+        prompt = ids(1200 + 100 * (seed % 5), seed)
+        tokens, _ = ask(engine, prompt, borders=[5, 1100])
+        assert len(tokens) == 6
+        assert engine.accounts.ledger.held <= ceiling
+    assert engine.cache.tree.evicted_bytes > 0
+    assert engine.loop.counts["errors"] == 0
+    engine.close()
+
+
+def test_preemption_moves_what_was_computed_and_it_comes_back() -> None:
+    name = "qwen3"
+    expected = [uncached_answer(name, seed) for seed in range(2)]
+    probe = make(name)
+    per_token = probe.accounts.costs.kv_per_token
+    probe.close()
+    engine = make(name, ceiling=int(2500 * per_token))
+    asked = [engine.submit(ids(100, seed), max_tokens=1300, sampling=SAMPLING) for seed in range(2)]
+    engine.play(turns=20_000)
+    assert engine.loop.counts["preempt"] > 0
+    assert [engine.answers[id_].tokens for id_ in asked] == expected
+    engine.close()
+
+
+def uncached_answer(name: str, seed: int) -> list[int]:
+    engine = make(name, cache_bytes=0)
+    id_ = engine.submit(ids(100, seed), max_tokens=1300, sampling=SAMPLING)
+    engine.play(turns=20_000)
+    engine.close()
+    return engine.answers[id_].tokens
