@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import uvicorn
@@ -23,6 +24,7 @@ import uvicorn
 from penstock import log, models, platform, wire
 from penstock.api.admission import Admission
 from penstock.api.app import create_app
+from penstock.api.protocol import BoundedProtocol, Bounds, room_for_connections
 from penstock.api.service import Service
 from penstock.config import Options
 from penstock.errors import PenstockError
@@ -91,7 +93,7 @@ class _Front:
     async def serve(self, listener: socket.socket) -> int:
         config = uvicorn.Config(
             create_app(self.service, self.options),
-            http="httptools",
+            http=partial(BoundedProtocol, bounds=room_for_connections(Bounds())),  # type: ignore[arg-type]
             loop="asyncio",
             lifespan="off",
             log_config=None,

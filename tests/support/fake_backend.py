@@ -14,6 +14,7 @@ from array import array
 from collections.abc import Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -23,6 +24,7 @@ import uvicorn
 from penstock import wire
 from penstock.api.admission import Admission
 from penstock.api.app import create_app
+from penstock.api.protocol import BoundedProtocol, Bounds
 from penstock.api.service import Service, Timing
 from penstock.config import Options
 from penstock.errors import Kind, PenstockError
@@ -202,6 +204,7 @@ class Server:
         text: TextParts | None = None,
         front_memory: int = 1_000_000_000,
         defaults: dict[str, float | None] | None = None,
+        bounds: Bounds | None = None,
     ) -> None:
         options = options or Options(port=0)
         self.backend = FakeBackend(script)
@@ -218,7 +221,11 @@ class Server:
         )
         self.service.set_text(text or text_parts())
         config = uvicorn.Config(
-            create_app(self.service, options), port=0, http="httptools", log_config=None, access_log=False
+            create_app(self.service, options),
+            port=0,
+            http=partial(BoundedProtocol, bounds=bounds),  # type: ignore[arg-type]
+            log_config=None,
+            access_log=False,
         )
         self.server = uvicorn.Server(config)
         self.loop: asyncio.AbstractEventLoop | None = None

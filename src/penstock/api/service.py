@@ -38,7 +38,7 @@ class Timing:
     """Patience, in seconds; tests inject short ones."""
 
     keepalive: float = 10.0
-    body: float = 120.0
+    body: float = 60.0
     stalled_reader: float = 300.0
 
 

@@ -1,0 +1,178 @@
+"""uvicorn's HTTP protocol with deadlines and bounds for what a client sends: no connection is for free.
+
+Owns one timer per connection: until the headers are there, then the body's pace, then what still arrives of a
+body that was refused. Refuses headers that are late or large, bodies that trickle, and connections beyond a
+number, of which the longest idle one goes first. Answers itself only where no handler runs yet or one waits
+for the body. Invariant: between requests and while one arrives, a timer is running.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import resource
+from dataclasses import dataclass, replace
+from typing import Any
+
+import msgspec
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from penstock import log
+from penstock.errors import Kind, PenstockError
+
+DESCRIPTORS = 8192
+"""File descriptors that the process asks the system for."""
+SPARE_DESCRIPTORS = 64
+"""Of those, what connections leave to everything else."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """Times in seconds, sizes in bytes."""
+
+    headers: float = 10.0
+    head_size: int = 65_536
+    body_look: float = 20.0
+    """The body's pace is looked at in this interval, and must be at least `pace` over it."""
+    pace: float = 512.0
+    linger: float = 5.0
+    """For the rest of a body whose request has been answered."""
+    connections: int = 4096
+
+
+def room_for_connections(bounds: Bounds) -> Bounds:
+    """Ask the system for more descriptors, and let in no more connections than it then allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        try:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+            soft = wanted
+        except (OSError, ValueError):  # Darwin has a limit of its own below the hard one
+            pass
+    allowed = bounds.connections
+    if soft != resource.RLIM_INFINITY:
+        allowed = max(1, min(allowed, soft - SPARE_DESCRIPTORS))
+    return replace(bounds, connections=allowed)
+
+
+class BoundedProtocol(HttpToolsProtocol):
+    """One connection."""
+
+    def __init__(self, *args: Any, bounds: Bounds | None = None, **fields: Any) -> None:
+        super().__init__(*args, **fields)
+        self._bounds = bounds or Bounds()
+        self._timer: asyncio.TimerHandle | None = None
+        self._in_head = True
+        self._head = 0
+        self._body = 0
+        self._messages = 0
+        self._idle_since = self.loop.time()
+
+    @property
+    def idle(self) -> bool:
+        """No request is being answered, and none has been read to its headers' end."""
+        return self.cycle is None or self.cycle.response_complete
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        if len(self.connections) > self._bounds.connections:
+            others = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self]
+            longest = min((c for c in others if c.idle), key=lambda c: c._idle_since, default=None)
+            if longest is None:
+                self._refuse(Kind.BUSY, "The server is busy, retry: too many connections are open.")
+                return
+            longest.transport.abort()
+        self._wait_for_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        if self.transport.is_closing():
+            return
+        before = self._messages
+        super().data_received(data)
+        if self._in_head and self._messages == before:
+            self._head += len(data)
+            if self._head > self._bounds.head_size:
+                most = self._bounds.head_size
+                self._refuse(Kind.HEADERS_TOO_LARGE, f"Headers are limited to {most:,} bytes.")
+            elif self._timer is None:
+                self._wait_for_head()
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._in_head, self._head = True, 0
+
+    def on_headers_complete(self) -> None:
+        self._in_head, self._body = False, 0
+        super().on_headers_complete()
+        self._set_timer(self._bounds.body_look, self._look_at_body, 0)
+
+    def on_body(self, body: bytes) -> None:
+        self._body += len(body)
+        super().on_body(body)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        self._stop_timer()
+        self._in_head, self._head = True, 0
+        self._messages += 1
+
+    def on_response_complete(self) -> None:
+        super().on_response_complete()
+        self._idle_since = self.loop.time()
+        if not self._in_head and not self.transport.is_closing():
+            self._set_timer(self._bounds.linger, self.transport.abort)
+
+    def _wait_for_head(self) -> None:
+        self._set_timer(self._bounds.headers, self._head_is_late)
+
+    def _head_is_late(self) -> None:
+        self._timer = None
+        if not self.idle:
+            return  # the request before is still being answered: its client may send the next one slowly
+        if self._head:
+            limit = self._bounds.headers
+            self._refuse(Kind.TIMEOUT, f"The request's headers did not arrive in {limit:g} s.")
+        else:
+            self.transport.close()
+
+    def _look_at_body(self, before: int) -> None:
+        self._timer = None
+        if self._in_head:
+            return
+        slow = self._body - before < self._bounds.pace * self._bounds.body_look
+        if slow and not self.flow.read_paused:
+            self._refuse(Kind.TIMEOUT, "The request's body arrives too slowly.")
+        else:
+            self._set_timer(self._bounds.body_look, self._look_at_body, self._body)
+
+    def _refuse(self, kind: Kind, message: str) -> None:
+        """Answer where no handler has, and end the connection."""
+        self._stop_timer()
+        if self.transport.is_closing():
+            return
+        log.repeated(kind.label, f"refused a connection: {kind.label}")
+        if self.idle or not self.cycle.response_started:
+            error = PenstockError(kind, message)
+            body = msgspec.json.encode(error.openai())
+            retry = b"retry-after: %d\r\n" % error.retry_after if error.retry_after else b""
+            head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n" % (
+                kind.value.status,
+                kind.name.replace("_", " ").title().encode(),
+            )
+            self.transport.write(
+                head + retry + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
+        self.transport.close()
+
+    def _set_timer(self, seconds: float, act: Any, *arguments: Any) -> None:
+        self._stop_timer()
+        self._timer = self.loop.call_later(seconds, act, *arguments)
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
