@@ -150,7 +150,9 @@ def test_the_longest_idle_connection_makes_room() -> None:
         idle = [connect(server) for _ in range(30)]
         assert served(server)
         wait_until(lambda: server.on_loop(lambda: len(server.server.server_state.connections)) <= 20)
-        assert idle[0].recv(1) == b""
+        assert rest(idle[0]) == b""
+        idle[-1].send(b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+        assert idle[-1].recv(4096).startswith(b"HTTP/1.1 200 ")
         for sock in idle:
             sock.close()
 

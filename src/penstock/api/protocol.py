@@ -75,14 +75,21 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
-        if len(self.connections) > self._bounds.connections:
-            others = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self]
-            longest = min((c for c in others if c.idle), key=lambda c: c._idle_since, default=None)
-            if longest is None:
-                self._refuse(Kind.BUSY, "The server is busy, retry: too many connections are open.")
-                return
-            longest.transport.abort()
+        if len(self.connections) > self._bounds.connections and not self._make_room():
+            self._refuse(Kind.BUSY, "The server is busy, retry: too many connections are open.")
+            return
         self._wait_for_head()
+
+    def _make_room(self) -> bool:
+        """End the connection that has been idle for longest, if there is one."""
+        others = [c for c in self.connections if isinstance(c, BoundedProtocol) and c is not self]
+        others = [c for c in others if not c.transport.is_closing()]
+        if len(others) < self._bounds.connections:
+            return True
+        longest = min((c for c in others if c.idle), key=lambda c: c._idle_since, default=None)
+        if longest is not None:
+            longest.transport.abort()
+        return longest is not None
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._stop_timer()
