@@ -13,7 +13,7 @@ import penstock
 ROOT = Path(penstock.__file__).parent
 MLX = ("mlx", "mlx_lm")
 ENGINE = "penstock.engine"
-COMPUTES = ("engine",)
+COMPUTES = ("engine", "cache.store")
 """The packages that run in the engine's process alone."""
 
 WITHOUT_MLX_OR_ASYNCIO = (

@@ -42,6 +42,8 @@ class RequestRecord:
     id: str
     prompt: int
     cached: int = 0
+    why: str = ""
+    """Why no more of it was in the prompt cache."""
     queue: float = 0.0
     prefill: float = 0.0
     generated: int = 0
@@ -52,9 +54,11 @@ class RequestRecord:
         """'req 3f2: prompt 1,234 = 0 cached + 1,234 new, queue 0.0 s, prefill 1.2 s, 87 tokens …, stop'."""
         timed = self.generated > 1 and self.decode > 0
         rate = f" at {self.generated / self.decode:.1f} tok/s" if timed else ""
+        why = f" ({self.why})" if self.why else ""
         return (
             f"req {self.id}: prompt {self.prompt:,} = {self.cached:,} cached + "
-            f"{self.prompt - self.cached:,} new, queue {self.queue:.1f} s, prefill {self.prefill:.1f} s, "
+            f"{self.prompt - self.cached:,} new{why}, "
+            f"queue {self.queue:.1f} s, prefill {self.prefill:.1f} s, "
             f"{self.generated:,} tokens{rate}, {self.finish}"
         )
 

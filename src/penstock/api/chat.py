@@ -22,6 +22,7 @@ from penstock.api.schema import ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import answer
 from penstock.supervisor.ticket import Job, Progress
+from penstock.text import borders
 from penstock.text.assembler import Assembler, Delta
 from penstock.text.parts import TextParts
 
@@ -54,7 +55,7 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
     )
     tools = None if request.tool_choice == "none" else _tools(raw, request)
     encode = partial(_encode_chat, text, raw["messages"], tools, request)
-    ids, in_reasoning = await asyncio.get_running_loop().run_in_executor(service.pool, encode)
+    ids, in_reasoning, edges, turn = await asyncio.get_running_loop().run_in_executor(service.pool, encode)
     params.check_length(len(ids), ready, "messages")
     job = Job(
         prompt=ids,
@@ -64,6 +65,8 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
         min_tokens=min(request.min_tokens or 0, context),
         ignore_eos=bool(request.ignore_eos),
         seed=request.seed,
+        borders=edges,
+        turn=turn,
     )
     assembler = partial(
         Assembler,
@@ -90,12 +93,27 @@ def _tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, Any]] | 
 
 def _encode_chat(
     text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
-) -> tuple[array[int], bool]:
-    """Ids up to where the answer starts, and whether that is inside reasoning. On the pool: it is slow."""
+) -> tuple[array[int], bool, list[int], int | None]:
+    """Ids up to where the answer starts, whether that is inside reasoning, and where messages begin.
+
+    On the pool: it is slow.
+    """
     template, mapping = text.template, request.role_mapping
     prompt = template.render(messages, tools, True, request.chat_template_kwargs, mapping)
     inside = text.reasoning is not None and text.reasoning.starts_in_reasoning(prompt)
-    return text.tokenizer.encode(prompt, add_special_tokens=template.adds_special_tokens), inside
+    ids = text.tokenizer.encode(prompt, add_special_tokens=template.adds_special_tokens)
+    edges, turn = borders.found(
+        ids,
+        prompt,
+        text.markers,
+        text.tokenizer,
+        template,
+        messages,
+        tools,
+        request.chat_template_kwargs,
+        mapping,
+    )
+    return ids, inside, edges, turn
 
 
 class ChatRenderer:

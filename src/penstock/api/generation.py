@@ -167,6 +167,7 @@ class Generation:
             id=name,
             prompt=sum(len(job.prompt) for job in self.plan.jobs),
             cached=self.cached(),
+            why=self.tickets[0].stats.why,
             queue=started - stats.submitted,
             prefill=first - started,
             generated=sum(choice.generated for choice in self.choices),

@@ -319,6 +319,11 @@ class Backend:
     def _step(self, step: wire.Step) -> None:
         get, is_open = self._journal.get, m.SequenceState.OPEN
         progress = bool(step.rows or step.ended)
+        for started in step.started:
+            entry = get(started.id)
+            if entry is not None and not entry.delivered:
+                entry.ticket.stats.cached = max(entry.ticket.stats.cached, started.cached)
+                entry.ticket.stats.why = started.why
         for prefill in step.prefill:
             entry = get(prefill.id)
             if entry is not None and entry.life.is_open:

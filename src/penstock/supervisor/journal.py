@@ -59,6 +59,8 @@ class Entry:
             max_tokens=job.max_tokens,
             min_tokens=job.min_tokens,
             ignore_eos=job.ignore_eos,
+            borders=list(job.borders),
+            turn=job.turn,
             apart=self.accusation.span[1] if self.accusation is not None and self.accusation.apart else 0,
         )
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from time import monotonic
 
@@ -30,6 +30,10 @@ class Job:
     max_tokens: int | None = None
     min_tokens: int = 0
     ignore_eos: bool = False
+    borders: Sequence[int] = ()
+    """Positions where messages begin in the prompt."""
+    turn: int | None = None
+    """Position where the next turn is expected to leave the prompt."""
     seed: int | None = None
     """The client's seed. None: `sampling.seed` if that is not 0, else one is drawn."""
 
@@ -72,6 +76,8 @@ class TicketStats:
     prompt: int
     generated: list[int]
     cached: int = 0
+    why: str = ""
+    """Why no more of the prompt was in the cache."""
     first_prefill: float | None = None
     first_token: float | None = None
     done: float | None = None

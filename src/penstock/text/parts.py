@@ -9,10 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from penstock.cache.checkpoints import Markers
+from penstock.text.borders import learned
 from penstock.text.formats import ReasoningMarkers, infer
 from penstock.text.template import ChatTemplate
 from penstock.text.tokenizer import Tokenizer, read_json
 from penstock.text.tools import ToolFormat
+
+NO_MARKERS = Markers(frozenset(), frozenset(), 0)
 
 
 @dataclass(frozen=True)
@@ -24,6 +28,7 @@ class TextParts:
     reasoning: ReasoningMarkers | None
     tools: ToolFormat | None
     generation: dict[str, Any]
+    markers: Markers = NO_MARKERS
 
     @classmethod
     def load(
@@ -44,4 +49,5 @@ class TextParts:
         reasoning, tools = infer(tokenizer, template.source)
         defaults = {"enable_thinking": reasoning is not None, **(chat_template_args or {})}
         generation = read_json(model_dir / "generation_config.json")
-        return cls(tokenizer, template.with_defaults(defaults), reasoning, tools, generation)
+        template = template.with_defaults(defaults)
+        return cls(tokenizer, template, reasoning, tools, generation, learned(tokenizer, template))
