@@ -7,7 +7,7 @@ ARGS ?=
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
 PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
 
-.PHONY: serve test test-clients test-clients-slow test-metal venv install lint format bench demo-model docs lock
+.PHONY: serve test test-clients test-clients-slow test-metal test-storm venv install lint format bench demo-model docs lock
 
 serve: venv
 	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
@@ -20,6 +20,9 @@ test-clients: venv
 
 test-clients-slow: venv
 	@$(PRELOAD) $(PY) -m pytest -m clients_slow $(ARGS)
+
+test-storm: venv
+	@$(PRELOAD) $(PY) -m pytest -m storm -s $(ARGS)
 
 test-metal:
 	@if [ "$$(uname -s)" = Darwin ]; then $(MAKE) venv && $(PY) -m pytest -m metal $(ARGS); \

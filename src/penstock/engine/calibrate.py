@@ -1,114 +1,234 @@
 """Measures what steps of this model hold on this device, once at load: the samples that `predict` fits.
 
 A long context is faked: a row of zeros with its offset set, because what a step allocates does not depend on
-what it reads. Refuses nothing; a step that fails to run here would fail in service, so its error goes up.
-Invariant: the engine holds what it held before, and no measured step is larger than `room` bytes allow.
+what it reads. Short steps come first, and each tells whether the next is affordable, in time and in bytes:
+what is measured is leased like anything else. Refuses nothing; a step that fails to run here would fail in
+service, so its error goes up. Invariant: the engine holds afterwards what it held before.
 """
 
 from __future__ import annotations
 
 import time
+from array import array
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
+from msgspec.structs import replace
 
 from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
 from penstock.engine.sampler import SamplingBatch, sample
 from penstock.memory.costs import CHUNK_FLOOR, Costs
-from penstock.memory.predict import Sample, Transient, fit
+from penstock.memory.ledger import Account, Lease, Ledger
+from penstock.memory.predict import Sample, Transient, fit, fit_curve
 from penstock.wire import Sampling
 
 LONG = 16_384
 """The longest faked context: what grows with the context shows well before."""
-PATIENCE = 1.5
-"""Seconds that a measured chunk may take; slower machines are measured with shorter ones."""
+LEAST_LONG = 2_048
+"""The longest context is not shortened below this, however slow the device."""
+SHORT_CHUNKS = (16, 64)
+"""Lengths measured with context where longer ones take too long (scores depend on the length alone there)."""
+PATIENCE = 0.8
+"""Seconds for each part that may be cut short; processor time on the CPU back end, load costs none."""
 ROWS = 4
+PAGE = 16_384
+"""GPU allocators round every buffer up to this."""
+
+USUAL = Sampling(
+    temperature=1.0,
+    top_p=0.9,
+    min_p=0.01,
+    top_k=100,
+    logprobs=20,
+    logit_bias={0: 1.0},
+    repetition_penalty=1.1,
+    presence_penalty=0.5,
+    frequency_penalty=0.5,
+)
+COSTLY = replace(USUAL, xtc_probability=1.0, xtc_threshold=0.1)
+"""Everything that a request can ask for, without XTC and with it: no draw holds more."""
 
 
 def costs_of(runner: Runner) -> Costs:
     """What a row costs, from a row of one position."""
     row = runner.open(1)
-    mx.eval(runner.prefill(row, [0]))
-    kv = [int(mx.get_array_buffer_size([c.keys, c.values])) for c in row.kv]
+    runner.prefill(row, [0])  # built, not computed: shapes are known before
+    kv = [cache.nbytes for cache in row.kv]
     buffers = len(row.arrays())
-    windows = sum(_full_window(leaf) for leaf in row.leaves if isinstance(leaf, RotatingKVCache))
-    states = sum(int(mx.get_array_buffer_size(list(c.cache))) for c in row.states)
+    windows = [_full_window(leaf) for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
+    states = sum(int(x.nbytes) for cache in row.states for x in cache.cache if x is not None)
     runner.close(row)
-    return Costs(sum(kv), max(kv, default=0), windows + states, states, buffers)
+    rounding = 0 if _on_cpu() else PAGE * buffers
+    # A window grows by concatenation until it is full: one of them may exist twice.
+    fixed = sum(windows) + max(windows, default=0) + states + rounding
+    return Costs(sum(kv), max(kv, default=0), fixed, states, buffers)
 
 
-def calibrate(runner: Runner, vocab_size: int, *, room: int, context_length: int, longest: int) -> Transient:
-    """The predictor of this model, from measured chunks and decode steps within `room` bytes."""
-    per_token = max(1, costs_of(runner).kv_per_token)
-    longest = max(1, min(longest, context_length - 3))
-    long = max(0, min(LONG, context_length - longest - 3, room // (4 * per_token * ROWS)))
-    chunk = _affordable(runner, longest, long + 1)
-    short = max(1, min(CHUNK_FLOOR, chunk // 2))
-    # The first step of a shape may compile; its peak counts as any other's, so nothing is thrown away.
-    chunks = [_chunk(runner, n, k) for n in {short, chunk} for k in {1, long // 2 + 1, long + 1}]
-    steps = [_step(runner, rows, k, vocab_size) for rows in (1, ROWS) for k in {1, long // 2 + 1, long + 1}]
-    mx.clear_cache()
-    return Transient(fit(chunks), fit(steps))
+def calibrate(
+    runner: Runner,
+    vocab_size: int,
+    *,
+    room: int,
+    context_length: int,
+    longest: int,
+    beat: Callable[[], object] = lambda: None,
+) -> Transient:
+    """The predictor of this model, from measured chunks and decode steps within `room` bytes.
+
+    `longest`: ids of the longest chunk in service; `beat` is called before each measured step.
+    """
+    bench = _Bench(runner, vocab_size, room, beat)
+    longest = max(1, min(longest, context_length - 2))
+    alone = bench.alone(longest)
+    long = max(1, min(LONG, context_length - longest - 2, max(LEAST_LONG, bench.longest_row())))
+    deep = bench.deep([s.chunks[0][0] for s in alone], long)
+    steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
+    usual, costly = bench.draw(USUAL), bench.draw(COSTLY)
+    bench.close()
+    return Transient(fit_curve(alone, deep), fit(steps), max(0, costly - usual))
+
+
+class _Bench:
+    """Takes the samples, each under a lease, and knows how long they took."""
+
+    def __init__(self, runner: Runner, vocab_size: int, room: int, beat: Callable[[], object]) -> None:
+        self.runner, self.vocab_size, self.beat = runner, vocab_size, beat
+        self.costs = costs_of(runner)
+        self.ledger = Ledger(room)
+        self.clock = time.process_time if _on_cpu() else time.monotonic
+        self.left = PATIENCE
+        self.rows: list[tuple[Row, Lease | None]] = []
+
+    def longest_row(self) -> int:
+        """Ids of a row that takes a quarter of the room."""
+        return self.ledger.room // (4 * max(1, self.costs.kv_per_token))
+
+    def alone(self, longest: int) -> list[Sample]:
+        """Chunks without context, doubling in length as long as time and room allow."""
+        samples: list[Sample] = []
+        took = 0.0
+        for length in _lengths(longest):
+            expected = int(5 * samples[-1].peak) if samples else 0  # twice as long: scores are four times
+            if length > CHUNK_FLOOR and (3 * took > self.left or not self.ledger.can_reserve(expected)):
+                break
+            took, sample = self._chunk(length, 1, expected)
+            samples.append(sample)
+        return samples
+
+    def deep(self, lengths: list[int], long: int) -> list[Sample]:
+        """Chunks of two lengths, each after half of `long` ids and after all of them.
+
+        None where nothing depends on the context.
+        """
+        (row,) = self._stand(1, 1, 1)
+        constant = len(row.states) == len(row.leaves)
+        self.close()
+        if constant or long < 4:
+            return []
+        self.left = PATIENCE
+        short, *rest = [n for n in SHORT_CHUNKS if n <= lengths[-1]] or lengths[-1:]
+        took, _ = self._chunk(short, min(1024, long), 0)
+        while long > LEAST_LONG and took * long / 1024 * 7 > self.left:
+            long //= 2
+        pairs = [[self._chunk(n, k, 0) for k in (long // 2, long)] for n in (short, *rest)]
+        # A quick device shows its long chunks' kernels, too.
+        for length in [n for n in lengths if n >= CHUNK_FLOOR]:
+            took, far = pairs[-1][1]
+            growth = length / far.chunks[0][0]
+            expected = int(2 * growth * far.peak)
+            if took * growth * 2 > self.left or not self.ledger.can_reserve(expected):
+                break
+            pairs.append([self._chunk(length, k, expected) for k in (long // 2, long)])
+        return [sample for pair in pairs[-2:] for _, sample in pair]
+
+    def step(self, count: int, context: int) -> Sample:
+        """Two decode steps, the second launched before the first is read, as in service."""
+        rows = self._stand(count, context, 4)
+        batch = SamplingBatch([USUAL] * count, self.vocab_size)
+        history = [array("I", [0]) * 64] * count
+        inputs = mx.zeros(count, mx.int32)
+        mx.eval(self.runner.decode(rows, inputs))  # stacks the states
+        base = _settled()
+        first = sample(self.runner.decode(rows, inputs), batch, [context + 1] * count, history, inputs)
+        mx.async_eval(first)  # type: ignore[no-untyped-call]
+        second = sample(
+            self.runner.decode(rows, first.tokens), batch, [context + 2] * count, history, first.tokens
+        )
+        mx.eval(second)
+        peak = int(mx.get_peak_memory()) - base
+        self.close()
+        return Sample(tuple((1, context) for _ in range(count)), peak)
+
+    def draw(self, sampling: Sampling) -> int:
+        """Bytes that drawing one row's id holds; two steps' draws may be in flight."""
+        self.beat()
+        batch = SamplingBatch([sampling], self.vocab_size)
+        logits, inputs = mx.zeros((1, self.vocab_size)), mx.zeros(1, mx.int32)
+        mx.eval(logits, inputs)
+        base = _settled()
+        mx.eval(sample(logits + 1, batch, [1], [array("I", [0])], inputs, excluded=[(0,)]))
+        return 2 * (int(mx.get_peak_memory()) - base)
+
+    def close(self) -> None:
+        """Let go of the rows."""
+        for row, lease in self.rows:
+            self.runner.close(row)
+            if lease is not None:
+                self.ledger.release(lease)
+        self.rows = []
+        mx.clear_cache()
+
+    def _chunk(self, length: int, context: int, expected: int) -> tuple[float, Sample]:
+        """A chunk after `context` ids, and the seconds it took."""
+        (row,) = self._stand(1, context, length)
+        lease = self.ledger.reserve(Account.TRANSIENT, expected)
+        base = _settled()
+        began = self.clock()
+        arrays = self.runner.prefill(row, [0] * length)
+        mx.eval(arrays)
+        peak = int(mx.get_peak_memory()) - base
+        took = self.clock() - began
+        self.left -= took
+        if lease is not None:
+            self.ledger.release(lease)
+        del arrays
+        self.close()
+        return took, Sample(((length, context),), peak)
+
+    def _stand(self, count: int, context: int, more: int) -> list[Row]:
+        """Rows that stand at `context`, at least 1, and have room for `more`."""
+        self.beat()
+        for _ in range(count):
+            row = self.runner.open(context + more + 1)
+            lease = self.ledger.reserve(Account.LIVE_KV, self.costs.row(row.capacity))
+            self.rows.append((row, lease))
+            mx.eval(self.runner.prefill(row, [0]))
+            for leaf in row.leaves:
+                if isinstance(leaf, RotatingKVCache):
+                    if context > 1:
+                        _fill_window(leaf, context)
+                elif hasattr(leaf, "offset"):
+                    leaf.offset = context
+            row.length = context
+        return [row for row, _ in self.rows]
+
+
+def _lengths(longest: int) -> list[int]:
+    """Chunk lengths to measure: doubling, and the longest."""
+    lengths = [n for n in (16, 64, *(128 << i for i in range(20))) if n < longest]
+    return [*lengths, longest]
+
+
+def _on_cpu() -> bool:
+    return bool(mx.default_device() == mx.Device(mx.cpu, 0))
 
 
 def _full_window(cache: Any) -> int:
     per_position = sum(int(x.nbytes // x.shape[2]) for x in (cache.keys, cache.values))
     return per_position * int(cache.max_size)
-
-
-def _affordable(runner: Runner, longest: int, context: int) -> int:
-    """The longest chunk that runs within the patience after `context` ids."""
-    trial = min(CHUNK_FLOOR, longest)
-    _chunk(runner, trial, context)
-    began = time.monotonic()
-    _chunk(runner, trial, context)
-    per_id = (time.monotonic() - began) / trial
-    return max(trial, min(longest, int(PATIENCE / max(per_id, 1e-9))))
-
-
-def _chunk(runner: Runner, length: int, context: int) -> Sample:
-    row = _faked(runner, context, length)
-    base = _settled()
-    arrays = runner.prefill(row, [0] * length)
-    mx.eval(arrays)
-    peak = mx.get_peak_memory() - base
-    del arrays
-    runner.close(row)
-    return Sample(((length, context),), int(peak))
-
-
-def _step(runner: Runner, count: int, context: int, vocab_size: int) -> Sample:
-    """Two decode steps, the second launched before the first is read, as in service."""
-    rows = [_faked(runner, context, 4) for _ in range(count)]
-    batch = SamplingBatch([Sampling(temperature=1.0, top_p=0.9, logprobs=1)] * count, vocab_size)
-    inputs = mx.zeros(count, mx.int32)
-    mx.eval(runner.decode(rows, inputs))  # stacks the states
-    base = _settled()
-    first = sample(runner.decode(rows, inputs), batch, [context + 1] * count, [], inputs)
-    mx.async_eval(first)  # type: ignore[no-untyped-call]
-    second = sample(runner.decode(rows, first.tokens), batch, [context + 2] * count, [], first.tokens)
-    mx.eval(second)
-    peak = mx.get_peak_memory() - base
-    del first, second
-    for row in rows:
-        runner.close(row)
-    return Sample(tuple((1, context + i % 2) for i in range(count)), int(peak))
-
-
-def _faked(runner: Runner, context: int, more: int) -> Row:
-    """A row that stands at `context`, at least 1, and has room for `more`."""
-    row = runner.open(context + more + 1)
-    mx.eval(runner.prefill(row, [0]))
-    for leaf in row.leaves:
-        if isinstance(leaf, RotatingKVCache):
-            if context > 1:
-                _fill_window(leaf, context)
-        elif hasattr(leaf, "offset"):
-            leaf.offset = context
-    row.length = context
-    return row
 
 
 def _fill_window(cache: Any, context: int) -> None:

@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import msgspec
 
 from penstock import __version__
-from penstock.memory.predict import Scalars, Transient
+from penstock.memory.predict import Curve, Scalars, Transient
 
 
 def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: int) -> str:
@@ -38,24 +39,32 @@ def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: 
 def load(key: str) -> Transient | None:
     """The scalars stored under `key`, or None."""
     try:
-        stored = json.loads(_path(key).read_text())
-        return Transient(Scalars(*map(float, stored["chunk"])), Scalars(*map(float, stored["step"])))
-    except (OSError, ValueError, KeyError, TypeError):
+        return msgspec.json.decode(_path(key).read_bytes(), type=_Profile).transient()
+    except (OSError, ValueError):
         return None
 
 
 def save(key: str, transient: Transient) -> None:
     """Store the scalars; readers see the old file or the whole new one."""
     path = _path(key)
-    kinds = {"chunk": transient.chunk, "step": transient.step}
-    text = json.dumps({name: [s.base, s.per_id, s.per_score] for name, s in kinds.items()})
+    assert isinstance(transient.chunk, Curve)
+    text = msgspec.json.encode(_Profile(transient.chunk, transient.step, transient.costly_draw))
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
             file.write(text)
         os.replace(file.name, path)
     except OSError:
         return
+
+
+class _Profile(msgspec.Struct, frozen=True):
+    chunk: Curve
+    step: Scalars
+    costly_draw: int
+
+    def transient(self) -> Transient:
+        return Transient(self.chunk, self.step, self.costly_draw)
 
 
 def _path(key: str) -> Path:

@@ -1,17 +1,18 @@
-"""Predicts what a step holds beyond its rows while it runs. Pure arithmetic over a few fitted scalars.
+"""Predicts what a step holds beyond its rows while it runs. Pure arithmetic over a few fitted numbers.
 
-The transient peak of a prefill chunk of c ids on top of k computed ones is
+The transient peak of a prefill chunk of c ids on top of k computed ones is a `Curve`:
 
-    base + per_id · c + per_score · c · (k + c)
+    alone(c) + max(0, per_key · k + c · (per_score · k - hidden))
 
-`per_id` stands for activations, experts and the gated-delta states of chunked prefill, which grow with the
-chunk alone; `per_score` for attention scores where no fused kernel runs (query heads × item size, one layer
-at a time); `base` for what is there in any step. A decode step of rows with lengths k1…kB is the same sum
-with c = 1 for each row, and scalars of its own: it has logits and draws, and other kernels.
+`alone` is a table of measured peaks without context (activations, experts, chunked gated-delta states: no
+formula fits them all). What grows with the context is attention: the scores of one layer where no fused
+kernel runs (query heads × item size for a (query, key) pair), and keys that are expanded (`per_key`). Layers
+run one after the other, so scores show only once they exceed the other layers' peak: `hidden` is by how much.
+A decode step of rows with lengths k1…kB is `Scalars`: base + per_id · B + per_score · (k1 + … + kB); it has
+logits and draws, and other kernels.
 
-`fit` finds the scalars from measured steps, so that no measured step exceeds its prediction. `Correction`
-follows what is measured later: it rises at once and falls by decay, never a lasting maximum, and it shapes
-chunks and margins, never admission.
+Fits are raised until no measured step exceeds its prediction. `Correction` follows what is measured later: it
+rises at once and falls by decay, never a lasting maximum; it shapes chunks and margins, never admission.
 """
 
 from __future__ import annotations
@@ -19,10 +20,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import combinations, pairwise
+from typing import Protocol
 
 MARGIN = 1.15
-"""What the ledger holds above the fitted peak: allocation is rounded up to pages and size classes."""
+"""What the ledger holds above the fitted peak: run-ahead differs from run to run, and kernels by length."""
+SLACK = 256 << 10
+"""Bytes above that, for what small buffers are rounded up to."""
+FAR = 8_192
+"""A context this long shows whether attention keeps scores; where none were seen, there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,19 +53,69 @@ class Scalars:
 
 
 @dataclass(frozen=True, slots=True)
-class Transient:
-    """The predictor of a model on a device: a prefill chunk's scalars and a decode step's."""
+class Curve:
+    """What was fitted for prefill chunks, in bytes: see the head of this module."""
 
-    chunk: Scalars
+    lengths: tuple[int, ...]
+    """Chunk lengths that were measured without context, rising."""
+    peaks: tuple[float, ...]
+    per_key: float = 0.0
+    per_score: float = 0.0
+    hidden: float = 0.0
+    """Below zero where windows fill up: then it is paid from the first context id on."""
+
+    def peak(self, chunks: Sequence[tuple[int, int]]) -> int:
+        """Predicted peak of (chunk, ids computed before) one after the other, without margin."""
+        return math.ceil(max(self.alone(c) + max(0.0, self.beyond(c, k)) for c, k in chunks))
+
+    def alone(self, length: int) -> float:
+        """Peak of a chunk without context."""
+        lengths, peaks = self.lengths, self.peaks
+        if length <= lengths[0]:
+            return peaks[0]
+        for (a, low), (b, high) in pairwise(zip(lengths, peaks, strict=True)):
+            if length <= b:
+                return low + (high - low) * (length - a) / (b - a)
+        return self._beyond_the_table(length)
+
+    def beyond(self, length: int, context: int) -> float:
+        """What the context adds to a chunk's peak, below zero where other layers hide it."""
+        return self.per_key * context + length * (self.per_score * context - self.hidden)
+
+    def _beyond_the_table(self, length: int) -> float:
+        """The parabola through the last three points if it bends upwards (scores of the chunk itself)."""
+        a, b, c = (0, 0, *self.lengths)[-3:]
+        x, y, z = (0.0, 0.0, *self.peaks)[-3:]
+        slope = (z - y) / (c - b)
+        bend = (slope - (y - x) / (b - a)) / (c - a) if b > a else 0.0
+        return z + (length - c) * (slope + max(bend, self.per_score) * (length - b))
+
+
+class Shape(Protocol):
+    """Anything that predicts a peak from (chunk, ids computed before)."""
+
+    def peak(self, chunks: Sequence[tuple[int, int]]) -> int: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Transient:
+    """The predictor of a model on a device: of a prefill chunk and of a decode step."""
+
+    chunk: Shape
     step: Scalars
+    costly_draw: int = 0
+    """Bytes more of a row whose draw asks for XTC: it sorts the whole vocabulary twice."""
 
     def prefill(self, length: int, context: int) -> int:
         """Peak in bytes of a prefill chunk of `length` ids after `context` computed ones, with margin."""
-        return math.ceil(MARGIN * self.chunk.peak([(length, context)]))
+        return with_margin(self.chunk.peak([(length, context)]))
 
-    def decode(self, lengths: Iterable[int]) -> int:
-        """Peak in bytes of a decode step over rows of these lengths, with margin."""
-        return math.ceil(MARGIN * self.step.peak([(1, length) for length in lengths]))
+    def decode(self, lengths: Iterable[int], costly: int = 0) -> int:
+        """Peak in bytes of a decode step over rows of these lengths, with margin.
+
+        `costly`: how many of them make a costly draw.
+        """
+        return with_margin(self.step.peak([(1, length) for length in lengths]) + costly * self.costly_draw)
 
     def longest_chunk(self, room: int, context: int, most: int) -> int:
         """The longest chunk, at most `most`, whose peak fits into `room` bytes; 0 if not even one id does."""
@@ -71,6 +127,11 @@ class Transient:
             else:
                 high = middle - 1
         return low
+
+
+def with_margin(peak: float) -> int:
+    """What the ledger holds for a predicted peak; nothing for nothing."""
+    return math.ceil(MARGIN * peak + SLACK) if peak > 0 else 0
 
 
 def _features(chunks: Sequence[tuple[int, int]]) -> tuple[float, float, float]:
@@ -99,6 +160,55 @@ def fit(samples: Sequence[Sample]) -> Scalars:
     raised = max(peak / max(_dot(features, best[1]), 1.0) for features, peak in rows)
     base, per_id, per_score = (scalar * max(1.0, raised) for scalar in best[1])
     return Scalars(base, per_id, per_score)
+
+
+def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample]) -> Curve:
+    """The curve through chunks without context, and through those with: two contexts for each length.
+
+    No sample exceeds its prediction. `deep` may be empty: no layer's work depends on the context.
+    Raises ValueError without `alone`.
+    """
+    if not alone:
+        raise ValueError("nothing was measured")
+    highest = 0.0
+    table: dict[int, float] = {}
+    for sample in sorted(alone, key=lambda s: s.chunks[0][0]):
+        highest = table[sample.chunks[0][0]] = max(highest, float(sample.peak))
+    curve = Curve(tuple(table), tuple(table.values()))
+    by_length: dict[int, list[tuple[int, int]]] = {}
+    for sample in deep:
+        length, context = sample.chunks[0]
+        by_length.setdefault(length, []).append((context, sample.peak))
+    if not by_length:
+        return curve
+    slopes = {c: _slope(curve.alone(c), sorted(points)) for c, points in sorted(by_length.items())}
+    per_key, per_score = _by_key_and_score(slopes)
+    hidden = min(
+        (curve.alone(c) + (per_key + per_score * c) * k - peak) / c
+        for c, points in by_length.items()
+        for k, peak in points
+    )
+    return Curve(curve.lengths, curve.peaks, per_key, per_score, hidden)
+
+
+def _slope(alone: float, points: Sequence[tuple[int, int]]) -> float:
+    """Bytes that each further id of context adds, from (context, peak) at the two longest contexts."""
+    (near, low), (far, high) = points[-2:]
+    if low > 1.05 * alone or (high <= 1.05 * alone and far >= FAR):
+        return max(0.0, (high - low) / (far - near))
+    # The scores are still hidden at `near`, or all the way. They can't exceed the whole peak.
+    return high / far
+
+
+def _by_key_and_score(slopes: dict[int, float]) -> tuple[float, float]:
+    """Slopes by chunk length, as per_key + per_score · length."""
+    steepest = max(slope / length for length, slope in slopes.items())
+    (short, gentle), (long, steep) = min(slopes.items()), max(slopes.items())
+    if long == short or steep <= gentle:
+        return 0.0, steepest  # another kernel runs for long chunks: the worse counts for all
+    per_score = (steep - gentle) / (long - short)
+    per_key = gentle - per_score * short
+    return (per_key, per_score) if per_key >= 0 else (0.0, steepest)
 
 
 def _dot(features: Sequence[float], scalars: Sequence[float]) -> float:

@@ -1,0 +1,155 @@
+"""What is predicted from a few measured steps, against steps that were not measured then."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import statistics
+import time
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+from msgspec.structs import replace
+from tests.support import scaled_models
+
+from penstock.engine import calibrate, profile
+from penstock.engine.batch import Runner
+from penstock.engine.calibrate import COSTLY, USUAL, Sample
+from penstock.memory.predict import Scalars, Transient
+from penstock.wire import Sampling
+
+QUICK = ("qwen3_5", "gpt_oss", "deepseek_v3")
+NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.storm) for name in scaled_models.NAMES]
+GRID = [(5, 1), (24, 700), (24, 20_000), (100, 1), (100, 3_000), (100, 12_000), (200, 300), (256, 5_000),
+        (300, 1), (400, 300), (512, 1_500), (700, 900), (1024, 1)]  # fmt: skip
+"""(chunk, context): within and beyond what is measured at load."""
+ROOM = 400 << 20
+
+
+def calibrated(runner: Runner, longest: int = 1024) -> Transient:
+    return calibrate.calibrate(runner, scaled_models.VOCAB, room=ROOM, context_length=32_768, longest=longest)
+
+
+def measure(runner: Runner, length: int, context: int) -> Sample:
+    bench = calibrate._Bench(runner, scaled_models.VOCAB, 8 << 30, lambda: None)
+    return bench._chunk(length, context, 0)[1]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_chunks_and_contexts_that_were_not_measured_stay_below_their_prediction(name: str) -> None:
+    runner = scaled_models.runner(name)
+    before = mx.get_active_memory()
+    transient = calibrated(runner)
+    assert mx.get_active_memory() - before < 128 << 10, "but for constants that the model keeps"
+    assert runner.bytes() == 0
+    big = []
+    for length, context in GRID:
+        peak, predicted = measure(runner, length, context).peak, transient.prefill(length, context)
+        assert peak <= predicted, (length, context)
+        if peak > 10e6:
+            big.append(peak / predicted)
+    print(f"{name}: worst {max(big):.2f}, median {statistics.median(big):.2f} of {len(big)} above 10 MB")
+    assert len(big) >= 5
+    assert statistics.median(big) >= 0.75
+
+
+def test_a_constant_or_a_flat_predictor_fails_that_test() -> None:
+    """The positive control: what ignores the context, or the chunk, is far off on the same grid."""
+    runner = scaled_models.runner("qwen3_5")
+    peaks = [(c, k, measure(runner, c, k).peak) for c, k in [(100, 1), (100, 9_000), (600, 300)]]
+    most = max(peak for *_, peak in peaks)
+    constant = Transient(Scalars(most, 0, 0), Scalars(0, 0, 0))
+    assert statistics.median(peak / constant.prefill(c, k) for c, k, peak in peaks) < 0.75
+    real = calibrated(runner).chunk
+    no_context = Transient(replace_curve(real, per_score=0.0, hidden=0.0), Scalars(0, 0, 0))
+    assert any(peak > no_context.prefill(c, k) for c, k, peak in peaks)
+    half = Transient(replace_curve(real, per_score=real.per_score / 2), Scalars(0, 0, 0))  # type: ignore[attr-defined]
+    assert any(peak > half.prefill(c, k) for c, k, peak in peaks)
+
+
+def replace_curve(curve: object, **changes: float) -> object:
+    from dataclasses import replace as replace_fields
+
+    return replace_fields(curve, **changes)  # type: ignore[type-var]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_decode_steps_stay_below_their_prediction(name: str) -> None:
+    runner = scaled_models.runner(name)
+    transient = calibrated(runner, 64)
+    bench = calibrate._Bench(runner, scaled_models.VOCAB, 8 << 30, lambda: None)
+    for rows, context in [(1, 500), (2, 1), (3, 4000), (8, 1), (8, 1000), (2, 12_000)]:
+        assert bench.step(rows, context).peak <= transient.decode([context] * rows)
+
+
+WIDE = 32_768
+SETTINGS: list[dict[str, object]] = [
+    {},
+    {"temperature": 1.0},
+    {"temperature": 1.0, "top_k": 40},
+    {"temperature": 1.0, "top_k": 40, "min_p": 0.1, "logprobs": 20},
+    {"temperature": 1.0, "top_k": 5_000, "top_p": 0.5},
+    {"temperature": 1.0, "top_p": 0.9, "min_p": 0.1, "logprobs": 20},
+    {"temperature": 1.0, "min_p": 0.1, "xtc_probability": 1.0, "xtc_threshold": 0.1},
+    {"temperature": 1.0, "top_p": 0.9, "xtc_probability": 1.0, "xtc_threshold": 0.1, "logprobs": 20},
+]
+PENALTIES = {
+    "repetition_penalty": 1.1,
+    "presence_penalty": 0.5,
+    "frequency_penalty": 0.5,
+    "logit_bias": {3: 1.0},
+}
+
+
+@pytest.mark.parametrize("changes", SETTINGS)
+@pytest.mark.parametrize("penalties", [{}, PENALTIES])
+def test_no_request_draws_with_more_than_what_was_measured(
+    changes: dict[str, object], penalties: dict[str, object]
+) -> None:
+    bench = calibrate._Bench(scaled_models.runner("qwen3_5"), WIDE, ROOM, lambda: None)
+    asked = Sampling(**changes, **penalties)  # type: ignore[arg-type]
+    held = bench.draw(COSTLY if asked.xtc_probability else USUAL)
+    assert bench.draw(asked) <= held
+    assert bench.draw(replace(asked, temperature=0.0)) <= held
+
+
+def test_it_is_quick_and_shows_signs_of_life() -> None:
+    runner = scaled_models.runner("qwen3_5")
+    beats: list[float] = []
+    began = time.process_time()
+    calibrate.calibrate(
+        runner,
+        scaled_models.VOCAB,
+        room=ROOM,
+        context_length=32_768,
+        longest=1024,
+        beat=lambda: beats.append(time.process_time()),
+    )
+    assert time.process_time() - began < 10, "about 2 s alone; this bound is for a busy machine"
+    assert max(b - a for a, b in itertools.pairwise(beats)) < 5
+
+
+@pytest.mark.parametrize("room", [1 << 20, 30 << 20])
+def test_little_room_measures_little(room: int) -> None:
+    runner = scaled_models.runner("qwen3_5")
+    mx.reset_peak_memory()
+    before = mx.get_active_memory()
+    transient = calibrate.calibrate(
+        runner, scaled_models.VOCAB, room=room, context_length=32_768, longest=512
+    )
+    floor = 2 * transient.prefill(256, 1)
+    assert mx.get_peak_memory() - before <= max(room, floor)
+    assert transient.prefill(512, 2048) > measure(runner, 512, 2048).peak
+
+
+def test_a_profile_is_read_back_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path))
+    transient = calibrated(scaled_models.runner("qwen3_5"), 64)
+    assert profile.load("key") is None
+    profile.save("key", transient)
+    assert profile.load("key") == transient
+    (file,) = tmp_path.rglob("*.json")
+    file.write_bytes(file.read_bytes()[: random.Random(1).randrange(10, 40)])
+    assert profile.load("key") is None
