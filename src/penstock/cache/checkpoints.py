@@ -3,7 +3,7 @@
 A state is as big as the K/V of a thousand ids and more, so there are few: where messages meet, where prompts
 were seen to part, and at doubling distances from the end. Borders are found in the ids themselves. A wrong
 border costs bytes, never correctness, because the tree compares ids in full.
-Invariant: every position p asked for is inside the part to compute, start < p ≤ prompt length.
+Invariant: every position p asked for is in the part to compute, start < p ≤ prompt length.
 """
 
 from __future__ import annotations
@@ -12,6 +12,8 @@ from array import array
 from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+
+from penstock.cache.nodes import Checkpoint, common
 
 MOST = 6
 """New states of one prefill at most."""
@@ -25,21 +27,12 @@ ANCHORS = 2
 class Markers:
     """Special ids of a template: messages begin with one of `openers` or end with one of `closers`.
 
-    `preamble`: ids that come before the first message whatever it is. Both sets empty: the template resists.
+    `preamble`: ids before the first message, whatever it is. Both sets empty: the template resists.
     """
 
     openers: frozenset[int]
     closers: frozenset[int]
     preamble: int
-
-
-@dataclass(frozen=True, slots=True)
-class Kept:
-    """A state on a path, as thinning sees it. `spared`: pinned, used by several, or where branches part."""
-
-    position: int
-    spared: bool = False
-    anchor: bool = False
 
 
 def differs(first: Sequence[int], second: Sequence[int]) -> int:
@@ -48,23 +41,14 @@ def differs(first: Sequence[int], second: Sequence[int]) -> int:
     Of a prompt and the same with one more dummy message: where the next turn will leave this prompt. A dummy
     user message finds stripped thinking, too: the history is rendered as it will look then.
     """
-    a, b = array("I", first).tobytes(), array("I", second).tobytes()
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[low:middle] == b[low:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low // 4
+    return common(memoryview(array("I", first)).cast("B"), 0, bytearray(array("I", second).tobytes()))
 
 
 def learn(renderings: Sequence[Sequence[int]], special: Container[int]) -> Markers:
     """What opens and closes messages, from one conversation rendered with one message, two, three, …
 
     Without generation prompt. Each rendering parts from the one before where a message begins: the id there
-    opens messages if it is special, else the id before it closes them if that is. Message texts must hold no
-    special ids.
+    opens messages if it is special, else the one before closes them if it is. Texts must hold no special id.
     """
     openers: set[int] = set()
     closers: set[int] = set()
@@ -75,26 +59,15 @@ def learn(renderings: Sequence[Sequence[int]], special: Container[int]) -> Marke
         elif 0 < at < len(longer) and longer[at - 1] in special:
             closers.add(longer[at - 1])
     first = renderings[0] if renderings else []
-    preamble = min((at for at, token in enumerate(first) if token in openers), default=0)
+    preamble = next((at for at, token in enumerate(first) if token in openers), 0)
     return Markers(frozenset(openers), frozenset(closers), preamble)
 
 
 def borders(ids: array[int], markers: Markers) -> list[int]:
     """Where messages but the first begin in `ids`, ascending; the last is the generation prompt's start."""
-    found = {at for token in markers.openers for at in _places(ids, token)}
-    found |= {at + 1 for token in markers.closers for at in _places(ids, token)}
+    found = {at for at, token in enumerate(ids) if token in markers.openers}
+    found |= {at + 1 for at, token in enumerate(ids) if token in markers.closers}
     return sorted(at for at in found if markers.preamble < at < len(ids))
-
-
-def _places(ids: array[int], token: int) -> list[int]:
-    places: list[int] = []
-    at = -1
-    try:
-        while True:
-            at = ids.index(token, at + 1)
-            places.append(at)
-    except ValueError:
-        return places
 
 
 def positions(
@@ -112,10 +85,9 @@ def positions(
     of system and tools (first border), two more borders from the end; then doubling distances from the end
     that are `state_tokens` or more from `start` and from all others.
     """
-    edges = sorted(borders)
-    wanted = [*edges[-1:], turn, diverged_at, *edges[:1], *reversed(edges[-3:-1])]
+    edges = sorted(borders) or [prompt_length]
     chosen: list[int] = []
-    for position in wanted if edges else [prompt_length, *wanted]:
+    for position in (edges[-1], turn, diverged_at, edges[0], *reversed(edges[-3:-1])):
         if position is not None and start < position <= prompt_length and position not in chosen:
             chosen.append(position)
     distance = max(1, state_tokens)
@@ -126,22 +98,20 @@ def positions(
     return sorted(chosen[:MOST])
 
 
-def surplus(path: Sequence[Kept], state_tokens: int) -> list[int]:
+def surplus(path: Sequence[Checkpoint], spared: Container[int], state_tokens: int) -> list[int]:
     """Positions of a path's states that are not worth their bytes, by coverage and not by age.
 
-    The deepest `RECENT`, the latest `ANCHORS` anchors and all spared stay. The others stay where each is
-    `state_tokens` and twice as far from the end as the one after it: who comes back to any point computes at
-    most as much again as was behind that point.
+    The deepest `RECENT`, the latest `ANCHORS` anchors and the `spared` positions stay. Of the others those
+    stay that are `state_tokens` from the next deeper one that stays, and twice as far from the end: who comes
+    back to any point computes at most as much again as lies behind that point.
     """
     states = sorted(path, key=lambda kept: -kept.position)
-    anchors = [kept for kept in states if kept.anchor][:ANCHORS]
+    anchors = [kept.position for kept in states if kept.anchor][:ANCHORS]
     gone: list[int] = []
-    end = states[0].position if states else 0
-    last = end
-    for rank, kept in enumerate(states):
-        far = last - kept.position >= max(state_tokens, end - last)
-        if far or rank < RECENT or kept.spared or kept in anchors:
-            last = kept.position if far or rank < RECENT else last
-        else:
-            gone.append(kept.position)
+    end = last = states[0].position if states else 0
+    for rank, position in enumerate(kept.position for kept in states):
+        if rank < RECENT or last - position >= max(state_tokens, end - last):
+            last = position
+        elif position not in anchors and position not in spared:
+            gone.append(position)
     return gone

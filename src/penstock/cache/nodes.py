@@ -1,9 +1,8 @@
 """What the prefix tree is made of: nodes with their runs of ids, what covers them, and who holds on to them.
 
-A node's ids are bytes, four an id, so that whole runs are compared at memory speed and in full. Positions are
-absolute: counted in ids from the namespace's root, hence a split moves no position. Knows no policy and no
-total; `tree` keeps both. Invariant: K/V of a node is there for all of its ids, from the segments up to
-`packed` and from the rows that cover it beyond; ids without K/V are not in the tree.
+A node's ids are bytes, four an id, so that whole runs are compared at memory speed and in full. Positions
+count ids from the namespace's root, so a split moves none. Knows no policy and no total: `tree` keeps both.
+Invariant: a node's K/V is in its segments up to `packed` and in rows' buffers beyond, without a gap.
 """
 
 from __future__ import annotations
@@ -29,9 +28,9 @@ class Segment:
 
 @dataclass(slots=True, eq=False)
 class Checkpoint:
-    """The state after `position` ids, for layers that can't be cut. It hangs inside a node's run.
+    """The state after `position` ids, for layers that can't be cut; anywhere in a node's run.
 
-    `anchor`: made where a later turn is expected to leave this path, so thinning by distance spares it.
+    `anchor`: where a later turn is expected to leave this path, so thinning by distance spares it.
     """
 
     handle: Any
@@ -50,16 +49,12 @@ class Claim:
     length: int = 0
 
     def path(self) -> Iterator[Node]:
-        """Its nodes from the deepest up, without the root."""
-        node = self.node
-        while node.parent is not None:
-            yield node
-            node = node.parent
+        return up(self.node)
 
 
 @dataclass(slots=True, eq=False)
 class Pin(Claim):
-    """Forbids eviction of a path, and of the checkpoint that is about to be read."""
+    """Forbids eviction of a path and of the checkpoint that is being read."""
 
     checkpoint: Checkpoint | None = None
 
@@ -68,7 +63,7 @@ class Pin(Claim):
 class Cover(Claim):
     """A row's buffers, which hold K/V of a whole path: position p of the tree is position p of the row.
 
-    Borrowed while the row lives: no bytes of the tree's. Adopted when it has ended: `size` bytes of capacity.
+    Borrowed while the row lives: no bytes of the tree's. Adopted when it has ended: `size`, by capacity.
     """
 
     handle: Any = None
@@ -76,14 +71,14 @@ class Cover(Claim):
     live: bool = True
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, repr=False)
 class Node:
     """A run of ids from position `start` on. `children` by their first id, all at the run's end."""
 
     parent: Node | None
     start: int
     ids: bytearray
-    used: float
+    used: float = 0
     hits: int = 0
     branches: int = 0
     """Children there ever were: what was continued in several ways will be again."""
@@ -115,7 +110,6 @@ class Node:
         return min(self.end, max([packed, *(c.length for c in self.covers if c is not without)]))
 
     def id_at(self, position: int) -> bytes:
-        """The id at `position`, as bytes."""
         offset = (position - self.start) * WIDTH
         return bytes(self.ids[offset : offset + WIDTH])
 
@@ -131,65 +125,72 @@ class Node:
         return found if found is not None and found.start < at < found.end else None
 
     def split(self, at: int) -> Node:
-        """Make its ids before `at` a node of their own, above it, and return that. No segment is cut."""
+        """Make its ids before `at` a node of their own, above it, and return that. Cuts no segment."""
         assert self.parent is not None
         assert self.inside(at) is None
-        assert self.start < at < self.end
         offset = (at - self.start) * WIDTH
-        upper = Node(self.parent, self.start, self.ids[:offset], self.used, self.hits, 1)
+        upper = Node(self.parent, self.start, self.ids[:offset], self.used, self.hits, branches=1)
         self.parent.children[self.id_at(self.start)] = upper
         upper.children[self.id_at(at)] = self
         index = bisect_left(self.segments, at, key=lambda segment: segment.start)
         upper.segments, self.segments = self.segments[:index], self.segments[index:]
-        upper.checkpoints = {p: c for p, c in self.checkpoints.items() if p <= at}
-        self.checkpoints = {p: c for p, c in self.checkpoints.items() if p > at}
-        upper.ghosts = {place: None for place in self.ghosts if place[0] <= at}
-        self.ghosts = {place: None for place in self.ghosts if place[0] > at}
-        upper.pins, upper.covers = list(self.pins), list(self.covers)
-        for claim in (*self.pins, *self.covers):
+        upper.checkpoints = {p: kept for p, kept in self.checkpoints.items() if p <= at}
+        self.checkpoints = {p: kept for p, kept in self.checkpoints.items() if p > at}
+        upper.ghosts = {ghost: None for ghost in self.ghosts if ghost[0] <= at}
+        self.ghosts = {ghost: None for ghost in self.ghosts if ghost[0] > at}
+        upper.pins, upper.covers = self.pins, self.covers
+        for claim in (*upper.pins, *upper.covers):
             if claim.length <= at:
                 claim.node = upper
-        self.pins = [pin for pin in self.pins if pin.length > at]
-        self.covers = [cover for cover in self.covers if cover.length > at]
+        self.pins = [pin for pin in upper.pins if pin.length > at]
+        self.covers = [cover for cover in upper.covers if cover.length > at]
         del self.ids[:offset]
         self.parent, self.start = upper, at
         return upper
 
 
-def common(data: bytes, at: int, ids: bytearray, offset: int = 0) -> int:
-    """How many ids of `ids` from byte `offset` on equal those of `data` from `at` on.
+def common(data: memoryview, at: int, ids: bytearray, offset: int = 0) -> int:
+    """How many ids of `ids` from byte `offset` on equal those of `data` from byte `at` on.
 
     By memory comparisons of doubling length, then by halving: no id is looked at by itself.
     """
     limit = min(len(ids) - offset, len(data) - at)
-    with memoryview(ids) as view:
-        low, step = 0, 256
-        while low < limit and data.startswith(view[offset + low : offset + min(low + step, limit)], at + low):
-            low, step = min(low + step, limit), step * 2
-        high = min(low + step, limit)
-        while low < high:
-            middle = (low + high + 1) // 2
-            if data.startswith(view[offset + low : offset + middle], at + low):
-                low = middle
-            else:
-                high = middle - 1
+    low, step = 0, 256
+    while low < limit and ids.startswith(data[at + low : at + min(low + step, limit)], offset + low):
+        low, step = min(low + step, limit), step * 2
+    high = min(low + step, limit)
+    while low < high:
+        middle = (low + high + 1) // 2
+        if ids.startswith(data[at + low : at + middle], offset + low):
+            low = middle
+        else:
+            high = middle - 1
     return low // WIDTH
 
 
-def enter(data: bytes, at: int, child: Node) -> int:
+def enter(data: memoryview, at: int, child: Node) -> int:
     """How many ids of a child, whose first is the one at byte `at`, `data` has."""
-    return len(child.ids) // WIDTH if data.startswith(child.ids, at) else common(data, at, child.ids)
+    size = len(child.ids)
+    whole = size <= len(data) - at and child.ids.startswith(data[at : at + size])
+    return size // WIDTH if whole else common(data, at, child.ids)
 
 
-def walk(root: Node, data: bytes) -> tuple[Node, int]:
+def walk(root: Node, data: memoryview) -> tuple[Node, int]:
     """The deepest node that `data` (ids as bytes) enters from the root, and how many ids of it are there."""
     node, at = root, 0
-    while at < len(data) and (child := node.children.get(data[at : at + WIDTH])) is not None:
+    while at < len(data) and (child := node.children.get(bytes(data[at : at + WIDTH]))) is not None:
         node = child
         at += enter(data, at, child) * WIDTH
         if at < child.end * WIDTH:
             break
     return node, at // WIDTH
+
+
+def up(node: Node) -> Iterator[Node]:
+    """A node and all above it, without the root."""
+    while node.parent is not None:
+        yield node
+        node = node.parent
 
 
 def below(node: Node) -> list[Node]:

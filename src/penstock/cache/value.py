@@ -9,7 +9,7 @@ Interiors need no score: they can't go before what hangs below them. What may no
 
 from __future__ import annotations
 
-from penstock.cache.nodes import Checkpoint, Cover, Node
+from penstock.cache.nodes import Checkpoint, Cover, Node, up
 
 REWIND = 1 / 8
 """How likely a request comes back to a checkpoint that deeper ones have overtaken, against going on."""
@@ -29,9 +29,10 @@ def likelihood(hits: int, age: float, branches: int = 0) -> float:
 
 def worth(node: Node, what: Checkpoint | Cover | None, stateful: bool, now: float) -> float | None:
     """Worth per byte of a node's checkpoint, of an adopted cover that ends in it, or (None) of its tail."""
-    if what is None:
-        return _tail(node, stateful, now)
-    return _checkpoint(node, what, now) if isinstance(what, Checkpoint) else _cover(what, stateful, now)
+    if isinstance(what, Checkpoint):
+        return _checkpoint(node, what, now)
+    found = _tail(node, stateful) if what is None else _cover(what, stateful)
+    return found and found * likelihood(node.hits, now - node.used, node.branches)
 
 
 def is_read(cover: Cover) -> bool:
@@ -41,15 +42,11 @@ def is_read(cover: Cover) -> bool:
 
 def previous(node: Node, position: int) -> int:
     """Position of the last checkpoint before `position` on the path that ends in `node`; 0 if none."""
-    above: Node | None = node
-    while above is not None:
-        if (found := above.deepest(position - 1)) is not None:
-            return found.position
-        above = above.parent
-    return 0
+    found = (above.deepest(position - 1) for above in up(node))
+    return next((kept.position for kept in found if kept is not None), 0)
 
 
-def _tail(node: Node, stateful: bool, now: float) -> float | None:
+def _tail(node: Node, stateful: bool) -> float | None:
     segment = node.segments[-1] if node.segments else None
     if segment is None or node.children or segment.start < node.pinned:
         return None
@@ -60,12 +57,10 @@ def _tail(node: Node, stateful: bool, now: float) -> float | None:
             return 0.0
         base = previous(node, last.position)
         saved, size = last.position - base, last.size + sum(s.size for s in node.segments if s.end > base)
-    return saved * likelihood(node.hits, now - node.used, node.branches) / max(1, size)
+    return saved / max(1, size)
 
 
-def _cover(cover: Cover, stateful: bool, now: float) -> float | None:
-    if is_read(cover):
-        return None
+def _cover(cover: Cover, stateful: bool) -> float | None:
     base, beneath = cover.length, None
     for node in cover.path():
         rest = node.available(without=cover)
@@ -74,12 +69,10 @@ def _cover(cover: Cover, stateful: bool, now: float) -> float | None:
                 return None
             base = rest
         beneath = node
-    if stateful and base < cover.length:
+    saved = cover.length - base
+    if stateful and saved:
         saved = previous(cover.node, cover.length + 1) - previous(cover.node, base + 1)
-    else:
-        saved = cover.length - base
-    leaf = cover.node
-    return saved * likelihood(leaf.hits, now - leaf.used, leaf.branches) / max(1, cover.size)
+    return None if is_read(cover) else saved / max(1, cover.size)
 
 
 def _checkpoint(node: Node, kept: Checkpoint, now: float) -> float | None:

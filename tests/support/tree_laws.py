@@ -1,0 +1,53 @@
+"""The prefix tree's laws, checked by walking all of it."""
+
+from __future__ import annotations
+
+from penstock.cache.nodes import WIDTH, Node, below
+from penstock.cache.tree import Tree
+
+
+def check(tree: Tree) -> None:
+    """Raises AssertionError where a law is broken."""
+    tokens, size, leaves = 0, 0, []
+    for root in tree._roots.values():
+        assert root.start == root.end == 0
+        assert not (root.segments or root.checkpoints or root.covers or root.pins)
+        for node in below(root):
+            check_node(tree, node)
+            tokens += node.end - node.start
+            size += sum(s.size for s in node.segments) + sum(c.size for c in node.checkpoints.values())
+            leaves += [] if node.children else [node]
+    assert tokens == tree.tokens
+    assert size + sum(cover.size for cover in tree._covers) == tree.bytes
+    assert set(leaves) == set(tree._leaves)
+    for claim in (*tree._covers, *tree._pins):
+        assert claim.node.start < claim.length <= claim.node.end or claim.length == 0 == claim.node.end
+        for node in claim.path():
+            assert claim in node.covers or claim in node.pins
+    assert 0 <= tree.evictable <= tree.bytes
+
+
+def check_node(tree: Tree, node: Node) -> None:
+    parent = node.parent
+    assert parent is not None
+    assert node.start == parent.end < node.end
+    assert parent.children[node.id_at(node.start)] is node
+    assert len(node.ids) % WIDTH == 0
+    assert node.available() == node.end, "ids without K/V"
+    at = node.start
+    for segment in node.segments:
+        assert segment.start == at < segment.end
+        at = segment.end
+    assert at <= node.end
+    for position, kept in node.checkpoints.items():
+        assert node.start < position == kept.position <= node.end
+    for claim in (*node.pins, *node.covers):
+        assert claim.length > node.start
+        assert node in list(claim.path())
+    assert all(pin in tree._pins for pin in node.pins)
+    assert all(cover in tree._covers for cover in node.covers)
+    for pin in node.pins:
+        if pin.checkpoint is not None and node.start < pin.checkpoint.position <= node.end:
+            assert node.checkpoints[pin.checkpoint.position] is pin.checkpoint, "a pinned checkpoint is gone"
+    for position, _ in node.ghosts:
+        assert node.start < position <= node.end
