@@ -88,6 +88,7 @@ class Simulation:
                 on_board = [s for s in self.sequences if s.row is not None]
                 assert sequence is not min(on_board, key=lambda s: s.arrival), "the oldest was preempted"
                 self.accounts.leave(sequence)
+                self.accounts.keep_states(0)
                 sequence.restart()
                 sequence.preempted_at = self.accounts.departures
             case GiveUp(sequence):
@@ -98,6 +99,7 @@ class Simulation:
 
     def leave(self, sequence: Sequence) -> None:
         self.accounts.leave(sequence)
+        self.accounts.keep_states(0)
         self.accounts.departures += 1
         self.sequences.remove(sequence)
 

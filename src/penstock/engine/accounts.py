@@ -23,16 +23,26 @@ class Accounts:
     """Leases of the weights, the pool, the rows and the step in flight."""
 
     def __init__(
-        self, ceiling: int, weights: int, costs: Costs, set_pool: Callable[[int], object] = lambda limit: None
+        self,
+        ceiling: int,
+        weights: int,
+        costs: Costs,
+        set_pool: Callable[[int], object] = lambda limit: None,
+        set_throttle: Callable[[int], object] = lambda limit: None,
     ) -> None:
-        """`set_pool` caps what the allocator keeps, in bytes; 0 makes it give everything back."""
+        """`set_pool` caps what the allocator keeps, in bytes; 0 makes it give everything back.
+
+        `set_throttle` says above how many bytes the allocator lets no more work run ahead.
+        """
         self.ceiling = ceiling
         self.costs = costs
         self.ledger = Ledger(ceiling)
         self.set_pool = set_pool
+        self.set_throttle = set_throttle
         self.departures = 0
         self.rows: dict[int, Lease] = {}
         self._weights = self._take(Account.WEIGHTS, weights)
+        self._states = self._take(Account.STATES, 0)
         self._pool: Lease | None = None
         self.restore_pool()
 
@@ -41,6 +51,13 @@ class Accounts:
         budget = min(budget, self.ceiling)
         self.departures += budget > self.ledger.budget
         self.ledger.budget = budget
+        # Below what lasts, every operation would wait for the one before it.
+        self.set_throttle(max(budget, self.ledger.held))
+
+    @property
+    def lasting(self) -> int:
+        """Bytes held beside the pool and the steps in flight."""
+        return self.ledger.held - self.ledger.balance(Account.TRANSIENT) - self.ledger.balance(Account.POOL)
 
     def room(self, evictable: int = 0) -> Room:
         """What the scheduler may count on."""
@@ -60,8 +77,13 @@ class Accounts:
         self.ledger.correct(lease, size, lease.buffers)
 
     def leave(self, sequence: Sequence) -> None:
-        """A row's memory is free."""
+        """A row's memory is free, but for its states: `keep_states` says when they are."""
         self.ledger.release(self.rows.pop(sequence.id))
+        self.ledger.correct(self._states, self._states.size + self.costs.states, 0)
+
+    def keep_states(self, orphans: int) -> None:
+        """States of rows that have left, which stay where they were stacked until the stack is made anew."""
+        self.ledger.correct(self._states, orphans * self.costs.states, 0)
 
     def begin(self, transient: int) -> Lease:
         """The lease of a step's transient, to be released when the step was read."""

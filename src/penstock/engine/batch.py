@@ -140,6 +140,11 @@ class Runner:
         row.keep_kv()
         self._stack.forget(row)
 
+    @property
+    def orphans(self) -> int:
+        """Closed rows whose states are still in the stack, until the rows that decode are others."""
+        return sum(not row.is_open for row in self._stack.members)
+
     def close(self, row: Row) -> None:
         """Let go of a row's memory; other rows don't notice. Closing twice is harmless."""
         if row.is_open:

@@ -72,6 +72,10 @@ class InFlight:
     chunk_arrays: Any
     lease: Lease
     launched_at: float
+    lasting: int
+    """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
+    orphans: int
+    """Closed rows' states in the stack that it replaced: they are there until it has run."""
 
 
 class Loop:
@@ -145,6 +149,8 @@ class Loop:
     def _plan(self) -> Plan:
         """Ask, apply measures, ask again, until there is a plan (perhaps an empty one: all wait)."""
         while True:
+            orphans = self.runner.orphans + (self.in_flight.orphans if self.in_flight is not None else 0)
+            self.accounts.keep_states(orphans)
             facts = replace(
                 self.facts, departures=self.accounts.departures, correction=self.correction.factor
             )
@@ -277,6 +283,7 @@ class Loop:
             self.accounts.grow(sequence, capacity)
             sequence.capacity = capacity
         lease = self.accounts.begin(plan.transient)
+        orphans = self.runner.orphans
         try:
             for sequence, capacity in plan.grow:
                 self.runner.reserve(sequence.row, capacity)
@@ -285,7 +292,9 @@ class Loop:
         except BaseException:
             self.accounts.ledger.release(lease)
             raise
-        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic())
+        orphans = max(0, orphans - self.runner.orphans)
+        lasting = self.accounts.lasting
+        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic(), lasting, orphans)
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.page.begin(Phase.DECODE, [(s.id, s.computed, s.launched + 1) for s in rows])
@@ -359,13 +368,13 @@ class Loop:
         self._let_go(left)
 
     def _observe(self, step: InFlight) -> None:
-        """Compare the step's peak with what was granted for it. Rows not yet written make it look smaller."""
+        """Compare the peak since the last read with what is granted. Rows not yet written make it smaller."""
         peak = int(mx.get_peak_memory())
         mx.reset_peak_memory()
         self.peak = max(self.peak, peak)
-        ledger = self.accounts.ledger
-        lasting = ledger.held - ledger.balance(Account.TRANSIENT) - ledger.balance(Account.POOL)
-        self.correction.observe(step.lease.size, int((peak - lasting) * MARGIN))
+        granted = self.accounts.ledger.balance(Account.TRANSIENT)
+        measured = peak - max(step.lasting, self.accounts.lasting)
+        self.correction.observe(granted, int(measured * MARGIN))
 
     def _read_draws(self, step: InFlight) -> None:
         draws = step.draws
