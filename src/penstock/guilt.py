@@ -12,12 +12,19 @@ accused twice in company runs apart from then on: one at a time, alone in its st
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 Span = tuple[int, int]
 """From which position of its ids, and up to which (exclusive)."""
+MEMORY_WORDS = re.compile(
+    r"out of memory|insufficient memory|OutOfMemory|unable to allocate|cannot allocate|bad_alloc"
+    r"|MemoryError|Resource limit \(",
+    re.IGNORECASE,
+)
+"""How back ends, allocators and systems say that memory ran out."""
 PATIENCE = 3
 """Deaths for memory over one span before a row has to pass it with nobody else on board."""
 

@@ -8,8 +8,7 @@ and nothing of a step leaves the engine before it has been read:
     launch n+1 ─ read n ─ emit n ─ receive ─ plan ─ launch n+2 ─ read n+1 …
 
 Invariant: clients see ids that a clean read returned. After any error from MLX nothing since the last clean
-read is believed: every row is dropped and computed again from its ids, and a sequence that was on board at
-two errors in a row without a new id fails alone.
+read is believed: the rows of those steps are computed again from their ids, and the guilty fails alone.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ import mlx.core as mx
 from penstock import wire
 from penstock.engine.accounts import Accounts
 from penstock.engine.prompt_cache import PromptCache
+from penstock.engine.running import Running
 from penstock.engine.sampler import Sampled, SamplingBatch, sample
 from penstock.engine.scheduler import (
     Admit,
@@ -41,6 +41,7 @@ from penstock.engine.scheduler import (
     schedule,
 )
 from penstock.engine.sequence import Sequence
+from penstock.guilt import MEMORY_WORDS, judge
 from penstock.memory.ledger import Account, Lease
 from penstock.memory.predict import MARGIN, Correction
 from penstock.page import Page, Phase
@@ -76,6 +77,13 @@ class InFlight:
     """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
     orphans: int
     """Closed rows' states in the stack that it replaced: they are there until it has run."""
+
+
+def _members(step: InFlight | None) -> tuple[Sequence, ...]:
+    """All sequences whose rows a step computes."""
+    if step is None:
+        return ()
+    return step.rows if step.chunk is None else (*step.rows, step.chunk.sequence)
 
 
 class Loop:
@@ -118,6 +126,8 @@ class Loop:
         self.in_flight: InFlight | None = None
         self.report = wire.Step([], [], [], [])
         self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
+        self.running = Running(page)
+        self.trial = False
 
     def run(self) -> None:
         """Serve until the front closes the channel or says `Shutdown`."""
@@ -131,18 +141,24 @@ class Loop:
         """One turn: take what has arrived, run one step, report it."""
         self._receive()
         try:
-            if not self.pipelined or (self.in_flight is not None and self.in_flight.chunk is not None):
-                # Two chunks in flight would hold two chunks' activations at a time.
+            if not self.pipelined or self._read_first():
                 self._read()
             plan = self._plan()
             self.runnable = bool(plan)
             launched = self._launch(plan) if plan else None
+            if self.trial:
+                self.facts = replace(self.facts, apart=not any(s.apart for s in _members(launched)))
             self._read()
             self.in_flight = launched
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
         self._say_status()
+
+    def _read_first(self) -> bool:
+        """Two chunks in flight would hold two chunks' activations; a suspect's step is to be alone."""
+        self.trial = self.trial and any(s.apart for s in self.sequences.values())
+        return self.trial or (self.in_flight is not None and self.in_flight.chunk is not None)
 
     # -- decisions ------------------------------------------------------------------------------------
 
@@ -176,6 +192,7 @@ class Loop:
         for sequence in new:
             others = [s for s in self.sequences.values() if s.row is not None and s is not sequence]
             first_time = not sequence.why
+            self.running.entering(sequence)
             self.cache.enter(sequence, others)
             if first_time:
                 self.report.started.append(wire.Started(sequence.id, sequence.cached, sequence.why))
@@ -244,6 +261,7 @@ class Loop:
 
     def _submit(self, message: wire.Submit) -> None:
         sequence = Sequence(message, self.context_length)
+        self.trial = self.trial or sequence.apart
         self.sequences[sequence.id] = sequence
         reason = sequence.finish_reason(self.eos_ids)
         if reason is None and len(sequence.tokens) >= sequence.limit:
@@ -283,6 +301,7 @@ class Loop:
             self.accounts.grow(sequence, capacity)
             sequence.capacity = capacity
         lease = self.accounts.begin(plan.transient)
+        self.running.only(_members(self.in_flight))
         orphans = self.runner.orphans
         try:
             for sequence, capacity in plan.grow:
@@ -297,7 +316,7 @@ class Loop:
         return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic(), lasting, orphans)
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
-        self.page.begin(Phase.DECODE, [(s.id, s.computed, s.launched + 1) for s in rows])
+        self.running.decode(rows)
         inputs = self._inputs(rows)
         logits = self.runner.decode([s.row for s in rows], inputs)
         batch = self._sampling_batch(rows)
@@ -335,8 +354,7 @@ class Loop:
 
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
-        span = (sequence.id, sequence.computed, sequence.launched + chunk.length)
-        self.page.begin(Phase.PREFILL, [span], self._predicted_seconds(chunk))
+        self.running.prefill(sequence, chunk.length, self.facts.seconds_per_prefill_id or 0.0)
         self.decided_by = chunk.decided_by
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
@@ -345,9 +363,6 @@ class Loop:
         account(chunk, [s for s in self.sequences.values() if s.prefill_left])
         sequence.launched += chunk.length
         return arrays
-
-    def _predicted_seconds(self, chunk: Chunk) -> float:
-        return chunk.length * (self.facts.seconds_per_prefill_id or 0.0)
 
     def _read(self) -> None:
         """Wait for the step in flight and book what it brought. Raises what MLX raises, also late."""
@@ -364,6 +379,7 @@ class Loop:
             self._observe(step)
         finally:
             self.accounts.ledger.release(step.lease)
+        self.running.read(time.monotonic() - step.launched_at, step.draws is not None)
         self.page.step_done()
         self._let_go(left)
 
@@ -386,12 +402,12 @@ class Loop:
             all_ids: Any = draws.top_ids.tolist()
             values: Any = draws.top_logprobs.tolist()
             top = [list(zip(*pair, strict=True)) for pair in zip(all_ids, values, strict=True)]
+        self._check()
         for i, sequence in enumerate(step.rows):
             if self.sequences.get(sequence.id) is not sequence:
                 continue  # it ended before this step: a spare draw
             sequence.tokens.append(tokens[i])
             sequence.computed = len(sequence.tokens) - 1
-            sequence.failures = 0
             asked = sequence.sampling.logprobs
             chosen = [logprobs[i]] if logprobs is not None and asked is not None else None
             likeliest = [top[i][:asked]] if top is not None and asked else None
@@ -404,6 +420,7 @@ class Loop:
         chunk = step.chunk
         assert chunk is not None
         mx.eval(step.chunk_arrays)
+        self._check()
         sequence = chunk.sequence
         speed = (time.monotonic() - step.launched_at) / chunk.length
         before = self.facts.seconds_per_prefill_id
@@ -417,26 +434,43 @@ class Loop:
 
     # -- errors ---------------------------------------------------------------------------------------
 
+    @staticmethod
+    def _check() -> None:
+        """Launch next to nothing before anything that was read is booked.
+
+        Launching is where MLX reports what failed before, also where reading the results did not raise.
+        """
+        mx.async_eval(mx.array(0) + 1)  # type: ignore[no-untyped-call]
+
     def _recover(self, error: Exception) -> None:
-        """Take every row back to its ids; fail those that were on board at the error before, too."""
+        """Nothing since the last clean read is believed: the rows of those steps are computed again.
+
+        Who is guilty fails alone; the rows that were not running go on as they are.
+        """
         log.error("a step failed, its rows are computed again: %s", error)
         log.debug("where it failed", exc_info=True)
+        memory = isinstance(error, MemoryError) or bool(MEMORY_WORDS.search(str(error)))
+        self.counts["errors"] += 1
+        self.counts["out_of_memory"] += memory
+        accused = self.running.accused(self.sequences)
+        if not accused:
+            on_board = [s for s in self.sequences.values() if s.row is not None]
+            accused = [(s, (s.computed, s.launched + 1)) for s in on_board]
+        guilty = judge(accused)
         if self.in_flight is not None:
             self.accounts.ledger.release(self.in_flight.lease)
         self.in_flight = None
         self.sampling = None
-        self.counts["errors"] += 1
-        for sequence in self.leaving:
-            self.cache.forget(sequence)
-        self.leaving = []
-        for sequence in [s for s in self.sequences.values() if s.row is not None]:
+        for sequence in [*self.leaving, *(s for s, _ in accused)]:
             self.cache.forget(sequence)
             sequence.restart()
-            sequence.failures += 1
-            if sequence.failures > 1:
-                message = f"the engine could not compute this: {error}"
-                self._end(sequence, "error", kind="INTERNAL", message=message)
-        self.runner.reset()
+        self.leaving = []
+        for sequence in guilty:
+            kind = "OUT_OF_MEMORY" if memory else "INTERNAL"
+            message = f"The engine failed twice at this request alone: {str(error)[:200]}"
+            self._end(sequence, "error", kind=kind, message=message)
+        self.running.only(())
+        self.trial = True
         self.facts = replace(self.facts, stacked=())
         self._synchronise()
 

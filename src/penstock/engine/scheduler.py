@@ -55,6 +55,8 @@ class Facts:
     """Measured on the last chunks; None before the first."""
     departures: int = 0
     """Counts rows that left and rises of the budget: a preempted sequence comes back only after one."""
+    apart: bool = False
+    """The next step is a suspect's, if there is one: it runs alone (see `penstock.guilt`)."""
     stacked: tuple[int, ...] = ()
     """Ids of the sequences whose recurrent states are stacked now; another batch needs a new stack."""
 
@@ -125,13 +127,15 @@ def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | 
     ordered = sorted(sequences, key=lambda s: s.arrival)
     on_board = [s for s in ordered if s.row is not None]
     free = room.free + (room.slack if len(on_board) == 1 else 0)
-    decode = tuple(s for s in on_board if s.decodable)
+    stepping = _company(on_board, facts.apart)
+    decode = tuple(s for s in stepping if s.decodable)
     grow = tuple((s, _next_capacity(s)) for s in decode if s.launched + 1 > s.capacity)
     lasting, transient = _step_bytes(decode, grow, facts)
     if lasting + transient > free:
         return _make_room(lasting + transient - free, room, on_board)
     free -= lasting + transient
-    chunk = _chunk([s for s in on_board if s.prefill_left], bool(decode), facts, free)
+    streams_run = any(s.decodable for s in on_board)
+    chunk = _chunk([s for s in stepping if s.prefill_left], streams_run, facts, free)
     if chunk is not None:
         needed = facts.transient.prefill(chunk.length, chunk.sequence.launched)
         if needed > free:
@@ -139,6 +143,15 @@ def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | 
         transient += needed
         free -= needed
     return _admission(ordered, on_board, facts, room, free) or Plan(grow, decode, chunk, transient)
+
+
+def _company(on_board: list[Sequence], apart: bool) -> list[Sequence]:
+    """Whose step it is: everybody's, or, where there are suspects, one of theirs and the others' by turns."""
+    suspects = [s for s in on_board if s.apart]
+    if not suspects:
+        return on_board
+    others = [s for s in on_board if not s.apart]
+    return others if not apart and any(s.decodable or s.prefill_left for s in others) else suspects[:1]
 
 
 def _next_capacity(sequence: Sequence) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+from penstock.guilt import Accusation
 from penstock.memory.costs import FIRST_ROOM, grown
 from penstock.wire import Sampling, Submit, unpack_ids
 
@@ -21,6 +22,7 @@ class Sequence:
     """One sequence from its `Submit` to its `Ended`."""
 
     __slots__ = (
+        "accusation",
         "arrival",
         "borders",
         "cached",
@@ -28,7 +30,6 @@ class Sequence:
         "computed",
         "cuts",
         "entered",
-        "failures",
         "id",
         "ignore_eos",
         "launched",
@@ -58,7 +59,7 @@ class Sequence:
         self.limit = min(most, context_length)
         self.launched = 0
         self.computed = 0
-        self.failures = 0
+        self.accusation = Accusation((0, submit.apart), apart=True) if submit.apart else None
         self.passed_over = 0
         self.namespace = submit.namespace
         self.borders = submit.borders
@@ -85,6 +86,12 @@ class Sequence:
     def until_cut(self) -> int:
         """Ids up to the next position where a chunk has to end, so that the state there can be kept."""
         return next((cut for cut in self.cuts if cut > self.launched), len(self.tokens)) - self.launched
+
+    @property
+    def apart(self) -> bool:
+        """Whether it is suspected of an error or a death at ids that it has not passed yet."""
+        held = self.accusation
+        return held is not None and held.apart and not held.passed(self.computed)
 
     @property
     def input_on_device(self) -> bool:

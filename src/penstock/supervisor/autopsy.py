@@ -13,16 +13,12 @@ import sys
 from collections.abc import Sequence
 
 from penstock import wire
+from penstock.guilt import MEMORY_WORDS
 
 _log = logging.getLogger("penstock.supervisor")
 
 NEARLY = 0.9
 """Of its budget: an engine that held so much when a signal ended it died of memory, as likely as not."""
-_WORDS = re.compile(
-    r"out of memory|insufficient memory|OutOfMemory|unable to allocate|cannot allocate|bad_alloc"
-    r"|MemoryError|Resource limit \(",
-    re.IGNORECASE,
-)
 _LAST = 30
 _VOLATILE = re.compile(r"0x[0-9a-fA-F]+|\d{2}:\d{2}:\d{2}\S*")
 
@@ -38,7 +34,7 @@ def memory_sign(
         return "killed, as the system does when memory runs out"
     if code == -signal.SIGSEGV and platform == "linux":
         return "what a failed allocation looks like"
-    said = next((line for line in reversed(words[-_LAST:]) if _WORDS.search(line)), None)
+    said = next((line for line in reversed(words[-_LAST:]) if MEMORY_WORDS.search(line)), None)
     if said is not None:
         return f"its last words: {said.strip()[:200]}"
     if code < 0 and status is not None and status.active + status.pooled >= NEARLY * status.budget:
