@@ -20,7 +20,7 @@ MOST = 6
 RECENT = 4
 """The deepest states of a path, which no thinning takes: a turn's end, its generation prompt, two borders."""
 ANCHORS = 2
-"""Turns' starts that thinning spares: what later turns strip, they strip from there on."""
+"""The latest anchors that thinning spares: what a later turn strips, it strips from there on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,9 +90,9 @@ def positions(
     for position in (edges[-1], turn, diverged_at, edges[0], *reversed(edges[-3:-1])):
         if position is not None and start < position <= prompt_length and position not in chosen:
             chosen.append(position)
-    distance = max(1, state_tokens)
+    distance = apart = max(1, state_tokens)
     while len(chosen) < MOST and prompt_length - distance > start:
-        if all(abs(prompt_length - distance - other) >= state_tokens for other in (start, *chosen)):
+        if all(abs(prompt_length - distance - other) >= apart for other in (start, *chosen)):
             chosen.append(prompt_length - distance)
         distance *= 2
     return sorted(chosen[:MOST])
@@ -101,12 +101,14 @@ def positions(
 def surplus(path: Sequence[Checkpoint], spared: Container[int], state_tokens: int) -> list[int]:
     """Positions of a path's states that are not worth their bytes, by coverage and not by age.
 
-    The deepest `RECENT`, the latest `ANCHORS` anchors and the `spared` positions stay. Of the others those
-    stay that are `state_tokens` from the next deeper one that stays, and twice as far from the end: who comes
-    back to any point computes at most as much again as lies behind that point.
+    The deepest `RECENT`, the first anchor (the end of system and tools, which other sessions share), the
+    latest `ANCHORS` (starts of turns) and the `spared` positions stay. Of the others those stay that are
+    `state_tokens` from the next deeper one that stays, and twice as far from the end: who comes back to any
+    point computes at most as much again as lies behind that point.
     """
     states = sorted(path, key=lambda kept: -kept.position)
-    anchors = [kept.position for kept in states if kept.anchor][:ANCHORS]
+    anchors = [kept.position for kept in states if kept.anchor]
+    anchors = anchors[:ANCHORS] + anchors[-1:]
     gone: list[int] = []
     end = last = states[0].position if states else 0
     for rank, position in enumerate(kept.position for kept in states):

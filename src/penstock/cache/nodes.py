@@ -30,7 +30,7 @@ class Segment:
 class Checkpoint:
     """The state after `position` ids, for layers that can't be cut; anywhere in a node's run.
 
-    `anchor`: where a later turn is expected to leave this path, so thinning by distance spares it.
+    `anchor`: where others are expected to leave this path, so thinning by distance spares it.
     """
 
     handle: Any

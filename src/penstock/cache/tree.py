@@ -294,7 +294,8 @@ class Tree(Holdings):
     ) -> list[Any]:
         """Keep the state after `position` ids of a row. One that is there already stays, and this comes back.
 
-        `anchor`: where a later turn is expected to leave the path. Thins the states of the path.
+        `anchor`: where others are expected to leave the path: after system and tools, at a turn's start.
+        Thins the states of the path.
         """
         if not 0 < position <= cover.length:
             raise TreeError(f"a checkpoint at {position} of a row of {cover.length}")

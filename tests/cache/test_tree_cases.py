@@ -1,0 +1,212 @@
+"""Single cases of the prefix tree: what a split costs, who is evicted first, why a miss is a miss."""
+
+from __future__ import annotations
+
+from array import array
+from typing import Any
+
+import pytest
+from tests.support.tree_laws import check
+
+from penstock.cache.tree import SEGMENT, Cut, Tree, TreeError
+from penstock.cache.value import likelihood
+
+
+def ids(*runs: tuple[int, int]) -> array[int]:
+    """Runs of (first, count) consecutive numbers."""
+    return array("I", [number for first, count in runs for number in range(first, first + count)])
+
+
+def put(tree: Tree, sequence: array[int], now: float, name: str = "s", space: str = "") -> list[Any]:
+    """Store what is missing of a sequence, a byte an id; handles are (name, first id's position)."""
+    row = tree.lend(space, name)
+    while (cut := tree.extend(row, sequence[row.length :], now)) is not None:
+        rest = cut.segment.end - cut.segment.start - cut.at
+        tree.cut(cut, ((name, "first"), cut.at), ((name, "rest"), rest), now)
+    return tree.drop(row, now, [((name, at), count, count) for at, count in tree.unpacked(row)])
+
+
+def test_a_split_copies_one_segment_at_most() -> None:
+    tree = Tree()
+    long = ids((0, 60_000))
+    put(tree, long, 0)
+    other = long[:30_000] + ids((100_000, 1_000))
+    runs = [(n, 500, 500) for n in range(2)]
+    cut = tree.insert("", other, runs, 1)
+    assert isinstance(cut, Cut)
+    assert cut.segment.end - cut.segment.start <= SEGMENT
+    assert cut.segment.start + cut.at == 30_000
+    assert (tree.bytes, tree.tokens) == (60_000, 60_000), "nothing has changed yet"
+    assert tree.cut(cut, ("a", cut.at), ("b", SEGMENT - cut.at), 1) == [cut.segment.handle]
+    assert tree.insert("", other, runs, 1) == []
+    assert (tree.bytes, tree.tokens, tree.entries) == (61_000, 61_000, 2)
+    check(tree)
+    at_border = long[: SEGMENT * 10] + ids((200_000, 10))
+    assert tree.insert("", at_border, [("c", 10, 10)], 1) == [], "between segments it is free"
+
+
+def test_a_session_in_use_outlives_an_abandoned_one() -> None:
+    tree = Tree()
+    shared = ids((0, 1_024))
+    put(tree, shared + ids((10_000, 512)), 1, "abandoned")
+    put(tree, shared + ids((20_000, 512)), 2, "in use")
+    for now in range(3, 6):
+        tree.unpin(tree.pin(tree.match("", shared + ids((20_000, 512))), now), now)
+    assert tree.evict(512, 9) == [("abandoned", 1_024)]
+    assert tree.evict(1, 9) == [("in use", 1_024)], "what is shared goes last"
+    assert tree.tokens == 1_024
+
+
+def test_likelihood() -> None:
+    assert likelihood(0, 5) < likelihood(3, 5), "longer sessions go on"
+    assert likelihood(40, 500) < likelihood(0, 1), "but not when they have long been silent"
+    assert likelihood(1, 5, branches=1) < likelihood(1, 5, branches=4)
+
+
+def test_why_a_miss_is_a_miss() -> None:
+    tree = Tree()
+    sequence = ids((0, 2_000))
+    put(tree, sequence, 1)
+    assert tree.match("", sequence).why == "whole"
+    assert tree.match("", sequence[:700]).why == "whole"
+    assert tree.match("", sequence[:700] + ids((9_000, 5))).why == "diverged at token 700"
+    assert tree.match("", ids((5, 5))).why == "diverged at token 0"
+    assert tree.match("other", sequence).why == "other namespace"
+    tree.evict(1, 2)
+    found = tree.match("", sequence)
+    assert (found.length, found.why) == (1_536, "evicted")
+    assert tree.match("", sequence[:1_536] + ids((9_000, 5))).why == "diverged at token 1536"
+    tree.evict(1 << 40, 2)
+    assert tree.match("", sequence).why == "evicted"
+    put(tree, sequence, 3)
+    assert tree.match("", sequence).why == "whole"
+
+
+def test_states_limit_a_hit() -> None:
+    tree = Tree(stateful=True, state_tokens=10)
+    sequence = ids((0, 1_000))
+    row = tree.lend("", "row")
+    tree.extend(row, sequence, 1)
+    assert tree.keep(row, 300, "state", 50, 1) == []
+    assert tree.keep(row, 300, "twice", 50, 1) == ["twice"]
+    with pytest.raises(TreeError):
+        tree.keep(row, 1_001, "beyond", 50, 1)
+    match = tree.match("", sequence)
+    assert (match.length, match.usable, match.why) == (1_000, 300, "no checkpoint")
+    assert match.checkpoint is not None
+    assert tree.pieces(match) == [("row", 0, 300)]
+    pin = tree.pin(match, 2)
+    assert tree.evict(1 << 40, 2) == [], "a pinned state stays"
+    tree.unpin(pin, 2)
+    assert tree.evict(1, 2) == ["state"]
+    assert tree.match("", sequence).why == "evicted"
+
+
+def test_a_sub_agent_hits_what_its_parent_has_computed_so_far() -> None:
+    tree = Tree()
+    parent = tree.lend("", "parent")
+    tree.extend(parent, ids((0, 5_000)), 1)
+    tree.extend(parent, ids((5_000, 1)), 1)
+    assert tree.bytes == 0
+    child = ids((0, 4_000), (9_000, 100))
+    match = tree.match("", child)
+    assert tree.pieces(match) == [("parent", 0, 4_000)]
+    row = tree.lend("", "child")
+    assert tree.extend(row, child, 2) is None, "a borrowed node is split for nothing"
+    assert tree.drop(parent, 3) == []
+    assert tree.match("", child).usable == 4_100, "the child lends what both had"
+    assert tree.tokens == 4_100
+
+
+def test_preemption_moves_and_packing_frees() -> None:
+    tree = Tree()
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 1_000)), 1)
+    assert tree.adopt(row, "buffers", 1_500, 1) == []
+    assert (tree.bytes, tree.tokens) == (1_500, 1_000), "charged by capacity"
+    assert tree.unpacked(row) == [(0, 512), (512, 488)]
+    assert tree.pack(row, [("a", 512, 512)], 2) == []
+    assert tree.bytes == 2_012
+    assert tree.pack(row, [("b", 488, 488)], 2) == ["buffers"]
+    assert (tree.bytes, tree.tokens) == (1_000, 1_000)
+
+
+def test_a_preempted_row_goes_on_in_its_buffers() -> None:
+    tree = Tree()
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 100)), 1)
+    tree.adopt(row, "buffers", 150, 1)
+    tree.reclaim(row, "row")
+    assert tree.bytes == 0
+    assert tree.extend(row, ids((100, 10)), 2) is None
+    assert tree.pieces(tree.match("", ids((0, 110)))) == [("row", 0, 110)]
+
+
+def test_what_a_live_row_holds_too_goes_first() -> None:
+    tree = Tree()
+    put(tree, ids((0, 1_024)), 9, "held twice")
+    put(tree, ids((5_000, 1_024)), 1, "old")
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 1_030)), 9)
+    assert {handle[0] for handle in tree.evict(1_024, 10)} == {"held twice"}
+    assert tree.match("", ids((0, 1_024))).usable == 1_024
+
+
+def test_caps_hold_on_every_path() -> None:
+    tree = Tree(max_bytes=2_000, max_entries=2)
+    for number in range(5):
+        put(tree, ids((number * 10_000, 700)), number)
+        assert tree.bytes <= 2_000
+        assert tree.entries <= 2
+    row = tree.lend("", "row")
+    tree.extend(row, ids((90_000, 900)), 6)
+    assert tree.entries <= 2
+    freed = tree.adopt(row, "row", 1_900, 7)
+    assert tree.bytes <= 2_000
+    assert freed
+    pin = tree.pin(tree.match("", ids((90_000, 900))), 8)
+    put(tree, ids((70_000, 512)), 8)
+    assert tree.bytes == 1_900, "the newcomer goes where a pin holds the rest"
+    tree.unpin(pin, 9)
+
+
+def test_statistics() -> None:
+    tree = Tree(stateful=True)
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 600)), 1)
+    tree.keep(row, 600, "state", 50, 1)
+    tree.drop(row, 1, [("a", 512, 512), ("b", 88, 88)])
+    found = tree.statistics()
+    assert (found["bytes"], found["tokens"], found["segments"], found["checkpoint_bytes"]) == (
+        650,
+        600,
+        2,
+        50,
+    )
+    assert found["runs"] == [{"start": 0, "end": 600, "children": 0, "hits": 0, "bytes": 650}]
+
+
+def test_misuse_is_an_error() -> None:
+    tree = Tree()
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 10)), 1)
+    with pytest.raises(TreeError):
+        tree.insert("", ids((0, 20)), [("a", 5, 5)], 1)
+    with pytest.raises(TreeError):
+        tree.pack(row, [("a", 11, 11)], 1)
+    pin = tree.pin(tree.match("", ids((0, 10))), 1)
+    with pytest.raises(TreeError):
+        tree.drop(row, 1)
+    tree.adopt(row, "row", 10, 1)
+    with pytest.raises(TreeError):
+        tree.extend(row, ids((10, 1)), 1)
+    with pytest.raises(TreeError):
+        tree.adopt(row, "row", 10, 1)
+    tree.reclaim(row, "row")
+    with pytest.raises(TreeError):
+        tree.reclaim(row, "row")
+    tree.unpin(pin, 1)
+    tree.drop(row, 1)
+    with pytest.raises(TreeError):
+        tree.drop(row, 1)
+    check(tree)
