@@ -45,6 +45,39 @@ def test_a_split_copies_one_segment_at_most() -> None:
     assert tree.insert("", at_border, [("c", 10, 10)], 1) == [], "between segments it is free"
 
 
+def test_a_split_between_what_is_packed_and_what_is_not() -> None:
+    tree = Tree()
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 1_000)), 1)
+    tree.pack(row, [("a", 512, 512)], 1)
+    other = tree.lend("", "other")
+    assert tree.extend(other, ids((0, 512), (5_000, 10)), 1) is None
+    assert tree.unpacked(row) == [(512, 488)]
+    check(tree)
+
+
+def test_what_hangs_at_a_split_stays_above_it() -> None:
+    tree = Tree(stateful=True)
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 100)), 1)
+    tree.keep(row, 60, "state", 5, 1)
+    tree.shorten(row, 80)
+    tree.extend(row, ids((7_000, 10)), 1)
+    first, second = tree.lend("", "first"), tree.lend("", "second")
+    tree.extend(first, ids((0, 80), (8_000, 10)), 1)
+    tree.extend(second, ids((0, 60), (9_000, 10)), 1)
+    assert tree.match("", ids((0, 60), (9_000, 10))).usable == 60
+    dense = Tree()
+    row = dense.lend("", "row")
+    dense.extend(row, ids((0, 100)), 1)
+    dense.shorten(row, 80)
+    dense.extend(row, ids((7_000, 10)), 1)
+    assert dense.match("", ids((0, 100))).why == "evicted"
+    dense.extend(dense.lend("", "other"), ids((0, 80), (8_000, 10)), 1)
+    assert dense.match("", ids((0, 100))).why == "evicted"
+    check(tree)
+
+
 def test_a_session_in_use_outlives_an_abandoned_one() -> None:
     tree = Tree()
     shared = ids((0, 1_024))

@@ -11,7 +11,7 @@ def check(tree: Tree) -> None:
     tokens, size, leaves = 0, 0, []
     for root in tree._roots.values():
         assert root.start == root.end == 0
-        assert not (root.segments or root.checkpoints or root.covers or root.pins)
+        assert not [*root.segments, *root.checkpoints, *root.covers, *root.pins]
         for node in below(root):
             check_node(tree, node)
             tokens += node.end - node.start

@@ -48,7 +48,7 @@ def previous(node: Node, position: int) -> int:
 
 def _tail(node: Node, stateful: bool) -> float | None:
     segment = node.segments[-1] if node.segments else None
-    if segment is None or node.children or segment.start < node.pinned:
+    if segment is None or segment.start < node.pinned:
         return None
     saved, size = node.end - node.available(without=segment), segment.size
     if stateful and saved:
