@@ -15,7 +15,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -222,15 +223,45 @@ def _remappings(root: Path) -> tuple[dict[str, str], dict[tuple[str, str], str]]
     return tables.get("MODEL_REMAPPING", {}), tables.get("MODEL_ARCHITECTURE_REMAPPING", {})
 
 
+def describe_remote(name: str, folder: Path) -> dict[str, Any]:
+    """What the hub tells of a model without its weights: configs into `folder`, and all tensors' headers.
+
+    The headers are as `weights.header` gives them. Raises ModelProblem.
+    """
+    from huggingface_hub import get_safetensors_metadata, snapshot_download
+
+    with _hub_problems(name):
+        snapshot_download(name, allow_patterns=["config.json", "generation_config.json"], local_dir=folder)
+        files = get_safetensors_metadata(name).files_metadata
+    return {
+        tensor: {"dtype": facts.dtype, "shape": facts.shape, "data_offsets": facts.data_offsets}
+        for file in files.values()
+        for tensor, facts in file.tensors.items()
+    }
+
+
 def _download(name: str, patterns: tuple[str, ...]) -> Path:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, RepositoryNotFoundError
     from huggingface_hub.utils import disable_progress_bars
 
     if not sys.stderr.isatty():
         disable_progress_bars()
-    try:
+    with _hub_problems(name):
         return Path(snapshot_download(name, allow_patterns=list(patterns)))
+
+
+@contextmanager
+def _hub_problems(name: str) -> Iterator[None]:
+    """Whatever the hub, the network or the disk object becomes a ModelProblem."""
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        NotASafetensorsRepoError,
+        RepositoryNotFoundError,
+    )
+
+    try:
+        yield
     except GatedRepoError:
         raise ModelProblem(f"{name} is gated: accept its terms on the hub, then set HF_TOKEN.") from None
     except RepositoryNotFoundError:
@@ -238,6 +269,8 @@ def _download(name: str, patterns: tuple[str, ...]) -> Path:
             f"The hub has no model named {name} (or it is private: then set HF_TOKEN), "
             "and there is no such directory here."
         ) from None
+    except NotASafetensorsRepoError:
+        raise ModelProblem(f"{name} has no weights in a form that MLX loads (safetensors).") from None
     except Exception as error:  # several HTTP libraries lie below, each with errors of its own
         if isinstance(error, OSError) and error.errno == errno.ENOSPC:
             raise ModelProblem(f"The disk of {hub_cache()} is full: {name} does not fit.") from None

@@ -7,6 +7,7 @@ dtype, shape and place. Refuses a header longer than the format's own bound, so 
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,13 @@ def resident(headers: Mapping[str, Any], *, widened: bool) -> int:
         start, end = tensor["data_offsets"]
         total += (end - start) * (2 if widened and tensor["dtype"] in _HALF else 1)
     return total
+
+
+def main_dtype(headers: Mapping[str, Any]) -> str:
+    """What the model computes in, by the name MLX gives it: the float type of most tensors."""
+    names = {"BF16": "bfloat16", "F16": "float16", "F32": "float32"}
+    counts = Counter(names[tensor["dtype"]] for tensor in headers.values() if tensor["dtype"] in names)
+    return counts.most_common(1)[0][0] if counts else "bfloat16"
 
 
 def size(directory: Path, *, widened: bool) -> int:

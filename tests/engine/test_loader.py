@@ -100,7 +100,7 @@ def test_every_file_may_name_ends(
 ) -> None:
     edit(tmp_path, "config.json", **main)
     edit(tmp_path, "generation_config.json", **generation)
-    assert loader._eos_ids(loader._configs(tmp_path)) == expected
+    assert loader._eos_ids(loader.read_configs(tmp_path)) == expected
 
 
 @pytest.mark.parametrize(
@@ -117,7 +117,7 @@ def test_the_context_length_may_stand_in_several_places(
     tmp_path: Path, config: dict[str, Any], expected: int
 ) -> None:
     edit(tmp_path, "config.json", **config)
-    assert loader._context_length(loader._configs(tmp_path)) == expected
+    assert loader._context_length(loader.read_configs(tmp_path)) == expected
 
 
 def refusal(directory: Path) -> str:

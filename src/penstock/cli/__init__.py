@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from penstock import __version__
-from penstock.cli import arguments, bench
+from penstock.cli import arguments, bench, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,6 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"penstock {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     arguments.add_serve(commands)
+    plan.add(commands)
     bench.add(commands)
     asked = parser.parse_args(argv)
     try:

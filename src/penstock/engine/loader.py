@@ -9,13 +9,15 @@ caches and arrays, not derived from its config, but for what only the config can
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from mlx_lm.models.cache import RotatingKVCache, make_prompt_cache
 
 from penstock.engine import lean, seams
@@ -48,6 +50,7 @@ class ModelFacts:
     vocab_size: int
     """Width of the logits, which may exceed the tokenizer's vocabulary."""
     weights_bytes: int
+    """Allocated, of a model in memory; else by the arrays' shapes."""
     kv_bytes_per_token: int
     """Over all layers whose keys and values grow with the row."""
     window_bytes: int
@@ -70,26 +73,52 @@ class Loaded:
 def load(path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
     """Load the model in the directory `path`, all weights in memory. Raises LoadError."""
     directory = Path(path)
-    if not (directory / "config.json").is_file():
-        raise LoadError(f"{directory} is not a model directory: it has no config.json.")
+    with problems_of(directory):
+        model, config = build(directory, trust_remote_code=trust_remote_code)
+        if mx.default_device() == mx.cpu:
+            model.set_dtype(mx.float32)
+        mx.eval(model.parameters())
+        facts = measure(model, read_configs(directory))
+        held = sum(int(x.nbytes) for _, x in tree_flatten(model.parameters()))
+        return Loaded(model, config, replace(facts, weights_bytes=held))
+
+
+def build(
+    directory: Path, *, trust_remote_code: bool = False, files: bool = True
+) -> tuple[Any, dict[str, Any]]:
+    """The model and its config, no weight in memory yet: MLX reads a file when an array is first computed.
+
+    `files` False: from config.json alone, with weights drawn when they are first computed.
+    """
     seams.install()
     if not mx.metal.is_available():
         from penstock.engine import gated_delta
 
         gated_delta.install()
+    utils = lean.utils()
+    if files:
+        model, config = utils.load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
+    else:
+        config = utils.load_config(directory)
+        model_class, arguments = utils._get_classes(config)
+        model = model_class(arguments.from_dict(config))
+    seams.install()
+    return model, config
+
+
+@contextmanager
+def problems_of(directory: Path) -> Iterator[None]:
+    """Whatever goes wrong with the model in `directory` becomes a LoadError of one sentence."""
+    if not (directory / "config.json").is_file():
+        raise LoadError(f"{directory} is not a model directory: it has no config.json.")
     try:
-        model, config = lean.utils().load_model(directory, lazy=True, trust_remote_code=trust_remote_code)
-        if mx.default_device() == mx.cpu:
-            model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
-        seams.install()
-        return Loaded(model, config, measure(model, _configs(directory)))
+        yield
     except (Exception, SystemExit) as error:
         raise LoadError(_sentence(directory, error)) from error
 
 
 def measure(model: Any, configs: Iterable[Mapping[str, Any]] = ()) -> ModelFacts:
-    """The facts of a model in memory; `configs` in order of precedence, the main one first.
+    """The facts of a model, in memory or not; `configs` in order of precedence, the main one first.
 
     Bytes come from the caches of one step that is built and never computed: shapes are known before.
     """
@@ -102,7 +131,7 @@ def measure(model: Any, configs: Iterable[Mapping[str, Any]] = ()) -> ModelFacts
         context_length=_context_length(configs),
         eos_ids=_eos_ids(configs),
         vocab_size=int(logits.shape[-1]),
-        weights_bytes=int(mx.get_array_buffer_size(model.parameters())),
+        weights_bytes=sum(int(x.nbytes) for _, x in tree_flatten(model.parameters())),
         kv_bytes_per_token=sum(cache.nbytes for cache in row.kv),
         window_bytes=sum(_bytes_per_position(cache) * cache.max_size for cache in windows),
         state_bytes=sum(array.nbytes for cache in row.states for array in cache.cache if array is not None),
@@ -114,7 +143,7 @@ def _bytes_per_position(cache: RotatingKVCache) -> int:
     return sum(int(x.nbytes // x.shape[2]) for x in (cache.keys, cache.values) if x is not None)
 
 
-def _configs(directory: Path) -> list[dict[str, Any]]:
+def read_configs(directory: Path) -> list[dict[str, Any]]:
     """generation_config.json and config.json, each followed by its text_config; unreadable ones are empty."""
     found: list[dict[str, Any]] = []
     for name in ("generation_config.json", "config.json"):

@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import faulthandler
 import logging
-import os
-import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -18,14 +16,13 @@ from typing import TypeVar
 import mlx.core as mx
 
 from penstock import weights, wire
-from penstock.engine import calibrate, loader, probe, profile
+from penstock.engine import calibrate, device, loader, probe, profile
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
 from penstock.memory.costs import Fit
-from penstock.memory.probe import system_probe
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone, adopt
 from penstock.sizes import gigabytes
@@ -33,8 +30,6 @@ from penstock.sizes import gigabytes
 log = logging.getLogger("penstock.engine")
 
 EXIT_HALTED = 3
-WARM_UP = 768
-"""Side of a matrix product that OpenBLAS spreads over threads, each with buffers of 128 MB that it keeps."""
 M = TypeVar("M", bound=wire.ToEngine)
 
 
@@ -50,7 +45,7 @@ def main() -> int:
     try:
         options, inbox = _await(channel, wire.Start)
         page.begin(Phase.LOADING)
-        channel.send(_device())
+        channel.send(device.facts())
         budget, _ = _await(channel, wire.Budget, inbox)
         loop = _prepare(options.options, budget, channel, page)
     except FrontGone:
@@ -122,8 +117,8 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
             context_length=facts.context_length,
             eos_ids=sorted(facts.eos_ids),
             vocab_size=facts.vocab_size,
-            backend=_backend(),
-            device=_name(),
+            backend=device.backend(),
+            device=device.name(),
             batch_mode=found.mode,
             batch_reason=found.reason,
             weights_bytes=facts.weights_bytes,
@@ -160,7 +155,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
 def _refuse_weights(path: str, budget: wire.Budget) -> None:
     """Before anything is read into memory: weights that cannot fit would end in the system's own way."""
     try:
-        size = weights.size(Path(path), widened=_backend() == "cpu")
+        size = weights.size(Path(path), widened=device.backend() == "cpu")
     except (weights.WeightsError, OSError) as error:
         raise Refused(str(error)) from None
     if size > budget.ceiling:
@@ -168,33 +163,3 @@ def _refuse_weights(path: str, budget: wire.Budget) -> None:
             f"the model's weights take {gigabytes(size)}, but only {gigabytes(budget.ceiling)} may be used "
             f"({budget.decided_by}); take a smaller or more strongly quantised model, or raise that limit"
         )
-
-
-def _device() -> wire.Device:
-    _warm_up()
-    info = mx.device_info()
-    limit = {
-        "metal": info.get("max_recommended_working_set_size"),
-        "cuda": info.get("free_memory"),
-        "cpu": None,
-    }[_backend()]
-    used = system_probe().read(os.getpid()).private or 0
-    return wire.Device(_backend(), _name(), None if limit is None else int(limit), used)
-
-
-def _warm_up() -> None:
-    """Let what lives as long as the process come to be, so that it is counted: threads, BLAS's buffers."""
-    mx.set_cache_limit(0)
-    side = mx.ones((WARM_UP, WARM_UP))
-    mx.eval(side @ side)
-    mx.clear_cache()
-
-
-def _backend() -> str:
-    if mx.metal.is_available():
-        return "metal"
-    return "cuda" if mx.default_device() == mx.Device(mx.gpu, 0) else "cpu"
-
-
-def _name() -> str:
-    return str(mx.device_info().get("device_name") or platform.machine())

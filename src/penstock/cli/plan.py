@@ -1,0 +1,163 @@
+"""`penstock plan`: what a machine holds of a model, by the server's own arithmetic, with nothing loaded.
+
+Refuses: loading weights, and downloading them; of a model on the hub only its description is read. Exit
+codes: 0 if the model fits, 1 if it does not, 2 for what only the user can mend.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+SECONDS = 300.0
+"""What describing a model may take; building a large mixture's empty layers takes some."""
+
+
+def add(commands: Any) -> None:
+    """Add the parser of `penstock plan` to argparse's sub-commands."""
+    parser = commands.add_parser(
+        "plan",
+        help="tell what a machine holds of a model: longest prompt, sessions, cache",
+        description=__doc__,
+        allow_abbrev=False,
+    )
+    parser.add_argument("model", metavar="MODEL", help="a directory, or the name of a repository on the hub")
+    parser.add_argument(
+        "--memory",
+        metavar="SIZE",
+        help="ask for a Mac with this much memory, such as 48G, instead of this machine",
+    )
+    parser.add_argument("--memory-limit", metavar="SIZE", help="as for penstock serve")
+    parser.add_argument("--trust-remote-code", action="store_true", help="as for penstock serve")
+    parser.add_argument("--json", action="store_true", help="print the figures as JSON")
+
+
+def run(asked: argparse.Namespace) -> int:
+    """Print what fits."""
+    from penstock import models, platform
+    from penstock.sizes import parse_size, physical_memory
+
+    try:
+        if sentence := platform.backend_problem():
+            raise ValueError(sentence)
+        mac = parse_size(asked.memory) if asked.memory else None
+        limit = parse_size(asked.memory_limit, whole=physical_memory()) if asked.memory_limit else None
+        with _described(asked.model, asked.trust_remote_code) as question:
+            found = _ask(question, mac, limit)
+    except (models.ModelProblem, ValueError, OSError) as problem:
+        print(f"penstock: {problem}", file=sys.stderr)
+        return getattr(problem, "exit_code", 2)
+    print(json.dumps(found, indent=1) if asked.json else table(found))
+    return 0 if found["fits"] else 1
+
+
+@contextmanager
+def _described(model: str, trusted: bool) -> Iterator[dict[str, Any]]:
+    """What `engine.describe` needs to know of the model, from its directory or from the hub."""
+    from penstock import models, weights
+
+    here = models.precheck(model, trust_remote_code=trusted)
+    common = {"trust_remote_code": trusted, "model": model}
+    if here is not None:
+        yield {**common, "model_path": str(here)}
+        return
+    with tempfile.TemporaryDirectory(prefix="penstock-plan-") as folder:
+        tensors = models.describe_remote(model, Path(folder))
+        sizes = {
+            "weights": weights.resident(tensors, widened=False),
+            "widened": weights.resident(tensors, widened=True),
+        }
+        yield {**common, "model_path": folder, **sizes, "dtype": weights.main_dtype(tensors)}
+
+
+def _ask(question: dict[str, Any], mac: int | None, limit: int | None) -> dict[str, Any]:
+    """The figures, from a process of its own that builds the model without its weights."""
+    from penstock import platform
+    from penstock.config import Options
+    from penstock.memory.estimate import working_set
+    from penstock.memory.probe import Machine, system_probe
+    from penstock.supervisor.budget import ceiling
+
+    command = [sys.executable, "-m", "penstock.engine.describe"]
+    with subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        env=platform.engine_environment(os.environ),
+        text=True,
+    ) as process:
+        assert process.stdout is not None
+        device = json.loads(process.stdout.readline() or "{}")
+        if not device:
+            raise ValueError("the engine could not be started; its messages are above.")
+        if mac is not None:
+            top = ceiling(Machine(physical=mac), device=working_set(mac), asked=limit, used=0)
+        else:
+            machine = system_probe().machine()
+            top = ceiling(machine, device=machine.device or device["limit"], asked=limit, used=device["used"])
+        backend = "metal" if mac is not None else device["backend"]
+        options = Options()
+        model = question.pop("model")
+        widened = question.pop("widened", None)
+        if backend == "cpu" and widened is not None:
+            question["weights"] = widened
+        told = {
+            **question,
+            "ceiling": top.size,
+            "backend": backend,
+            "here": mac is None,
+            "decode_concurrency": options.decode_concurrency,
+            "prefill_step_size": options.prefill_step_size,
+        }
+        answer, _ = process.communicate(json.dumps(told) + "\n", timeout=SECONDS)
+    found = json.loads(answer or "{}")
+    if "fits" not in found:
+        raise ValueError(found.get("problem", "the model could not be built; the messages are above."))
+    name = f"a Mac with {mac / 1e9:g} GB" if mac is not None else f"this machine ({device['name']})"
+    return {"model": model, "machine": name, "backend": backend, "decided_by": top.decided_by, **found}
+
+
+def table(found: dict[str, Any]) -> str:
+    """The figures for people."""
+    from penstock.sizes import gigabytes
+
+    lines = [
+        f"{found['model']} on {found['machine']}",
+        f"  may be used     {gigabytes(found['ceiling_bytes'])} ({found['decided_by']})",
+        f"  weights         {gigabytes(found['weights_bytes'])}",
+        f"  KV              {found['kv_bytes_per_token'] / 1e3:,.1f} KB a token"
+        + (
+            f" + {gigabytes(found['fixed_bytes_per_sequence'])} a sequence"
+            * bool(found["fixed_bytes_per_sequence"])
+        ),
+    ]
+    if not found["fits"]:
+        return "\n".join([*lines, "It does not fit: the weights leave no room to compute."])
+    bound = (
+        "the model's own"
+        if found["longest"] == found["context_length"]
+        else f"of {found['context_length']:,}"
+    )
+    lines.append(f"  longest context {found['longest']:,} tokens ({bound})")
+    if found["sessions"]:
+        lines.append(f"  {'sessions of':<15}" + "".join(f"{int(n) // 1000:>8}k" for n in found["sessions"]))
+        rows = {
+            "at once": [str(s["at_once"] or "none") for s in found["sessions"].values()],
+            "cache beside 1": [
+                gigabytes(s["cache_bytes"]) if s["at_once"] else "-" for s in found["sessions"].values()
+            ],
+        }
+        lines += [f"  {name:<15}" + "".join(f"{cell:>9}" for cell in cells) for name, cells in rows.items()]
+    how = {
+        "measured": "Steps were measured by a server on this machine.",
+        "estimated": "Steps are estimated, on the safe side: a server measures them at its first start.",
+    }
+    return "\n".join([*lines, how[found["steps"]]])

@@ -1,0 +1,50 @@
+"""What computes here, as MLX tells it: the back end, the device's name and limit, what this process holds.
+
+Facts only; what follows from them is the budget's. Asking starts MLX.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+
+import mlx.core as mx
+
+from penstock import wire
+from penstock.memory.probe import system_probe
+
+WARM_UP = 768
+"""Side of a matrix product that OpenBLAS spreads over threads, each with buffers of 128 MB that it keeps."""
+
+
+def facts() -> wire.Device:
+    """The device, before anything is loaded."""
+    _warm_up()
+    info = mx.device_info()
+    limit = {
+        "metal": info.get("max_recommended_working_set_size"),
+        "cuda": info.get("free_memory"),
+        "cpu": None,
+    }[backend()]
+    used = system_probe().read(os.getpid()).private or 0
+    return wire.Device(backend(), name(), None if limit is None else int(limit), used)
+
+
+def backend() -> str:
+    """metal, cuda or cpu."""
+    if mx.metal.is_available():
+        return "metal"
+    return "cuda" if mx.default_device() == mx.Device(mx.gpu, 0) else "cpu"
+
+
+def name() -> str:
+    """The device's name, for people."""
+    return str(mx.device_info().get("device_name") or platform.machine())
+
+
+def _warm_up() -> None:
+    """Let what lives as long as the process come to be, so that it is counted: threads, BLAS's buffers."""
+    mx.set_cache_limit(0)
+    side = mx.ones((WARM_UP, WARM_UP))
+    mx.eval(side @ side)
+    mx.clear_cache()
