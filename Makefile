@@ -7,7 +7,7 @@ ARGS ?=
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
 PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
 
-.PHONY: serve test test-clients test-clients-slow test-metal test-storm venv install lint format bench demo-model docs lock
+.PHONY: serve test test-clients test-clients-slow test-chaos test-metal test-storm venv install lint format bench demo-model docs lock
 
 serve: venv
 	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
@@ -23,6 +23,9 @@ test-clients-slow: venv
 
 test-storm: venv
 	@$(PRELOAD) $(PY) -m pytest -m storm -s $(ARGS)
+
+test-chaos: venv
+	@$(PRELOAD) $(PY) -m pytest -m chaos -s $(ARGS)
 
 test-metal:
 	@if [ "$$(uname -s)" = Darwin ]; then $(MAKE) venv && $(PY) -m pytest -m metal $(ARGS); \

@@ -1,0 +1,88 @@
+"""The real engine killed at random under real traffic: no stream is cut, no text differs.
+
+Prints how long it took from each death to the next id at a client, and what of it was the load.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import signal
+import statistics
+import time
+from pathlib import Path
+
+import pytest
+from tests.support import tiny_models
+from tests.support.traffic import Traffic, bodies
+from tests.support.whole_server import WholeServer
+
+WIDTH = 8
+CONTEXT = 16384
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tiny_models.write_model_dir(tmp_path_factory.mktemp("chaos") / "model", "qwen3")
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace("4096", str(CONTEXT)))
+    return path
+
+
+async def engine(server: WholeServer, since: int = 0) -> int:
+    """The pid of an engine that is ready, other than `since`."""
+    while True:
+        health = await asyncio.to_thread(server.health)
+        if health.get("status") == "ok" and health["engine"]["pid"] != since:
+            return int(health["engine"]["pid"])
+        await asyncio.sleep(0.05)
+
+
+async def kill_at_random(server: WholeServer, traffic: Traffic, kills: int) -> list[tuple[float, float]]:
+    """Returns seconds from each death to the next engine's readiness, and to the next id."""
+    draw = random.Random(5)
+    times = []
+    pid = await engine(server)
+    for _ in range(kills):
+        await asyncio.sleep(draw.uniform(0.05, 1.5))
+        assert traffic.open == WIDTH
+        died = time.monotonic()
+        os.kill(pid, signal.SIGKILL)
+        pid = await engine(server, pid)
+        ready = time.monotonic()
+        while traffic.last_token < ready - 0.1:
+            await asyncio.sleep(0.01)
+        times.append((ready - died, max(traffic.last_token, ready) - died))
+    return times
+
+
+async def play(server: WholeServer, kills: int) -> None:
+    requests = bodies(24)
+    expected = await Traffic(server.url, requests, WIDTH).once()
+    assert all(answer.broken is None for answer in expected)
+    traffic = Traffic(server.url, requests, WIDTH)
+    running = asyncio.create_task(traffic.run())
+    times = await kill_at_random(server, traffic, kills)
+    traffic.stopping = True
+    await running
+    cut = [(at, answer.broken) for at, answer in traffic.answers if answer.broken is not None]
+    other = [at for at, answer in traffic.answers if answer.broken is None and answer != expected[at]]
+    loads, tokens = zip(*times, strict=True)
+    worst = sorted(tokens)[int(len(tokens) * 0.95) - 1] if len(tokens) > 1 else tokens[0]
+    print(
+        f"\n{kills} kills, {len(traffic.answers)} answers: {len(cut)} cut, {len(other)} with other texts; "
+        f"death to next id: median {statistics.median(tokens):.2f} s, 95th percentile {worst:.2f} s, "
+        f"of which start and load {statistics.median(loads):.2f} s"
+    )
+    assert cut == []
+    assert other == [], [(expected[at].texts, at) for at in other[:1]]
+    assert (await asyncio.to_thread(server.health))["engine_deaths"] == kills
+
+
+@pytest.mark.parametrize("kills", [5, pytest.param(200, marks=pytest.mark.chaos)])
+def test_no_stream_is_cut_and_no_text_differs(model: Path, tmp_path: Path, kills: int) -> None:
+    with WholeServer(model, tmp_path, "--prompt-concurrency", "4") as server:
+        asyncio.run(asyncio.wait_for(play(server, kills), 120 + 20 * kills))
+        log = server.log()
+    assert "Traceback" not in log, log[-3000:]
