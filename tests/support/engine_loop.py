@@ -67,6 +67,7 @@ class EngineLoop:
         context_length: int = 4096,
         pipelined: bool = True,
         ceiling: int = 4 << 30,
+        weights: int = 0,
         cache_bytes: int | None = 0,
         transient: Transient = FREE,
         **facts: Any,
@@ -74,7 +75,7 @@ class EngineLoop:
         self.channel = ListChannel()
         self.page = Page.create()
         costs = costs_of(runner)
-        self.accounts = Accounts(ceiling, 0, costs, mx.set_cache_limit)
+        self.accounts = Accounts(ceiling, weights, costs, mx.set_cache_limit)
         self.cache = PromptCache(runner, self.accounts, max_bytes=cache_bytes)
         defaults: dict[str, Any] = {
             "costs": costs,
