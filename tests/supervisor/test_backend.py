@@ -443,3 +443,18 @@ def test_twenty_restarts_leak_neither_descriptors_nor_threads():
         assert (await hear(backend.open(job([1])))).ids == {0: [1]}
 
     play(main, policy=Policy(backoff=0.0))
+
+
+def test_a_stalled_engine_is_told_and_an_idle_one_is_not():
+    async def main(backend):
+        await backend.wait_ready()
+        os.kill(backend.snapshot()["engine"]["pid"], signal.SIGSTOP)
+        await until(lambda: backend.state == "stalled")
+        assert "no progress" in backend.reason
+        os.kill(backend.snapshot()["engine"]["pid"], signal.SIGCONT)
+        assert (await hear(backend.open(job([1])))).ids == {0: [1]}
+        await until(lambda: backend.state == "ready")
+        assert backend.reason is None
+        assert backend.snapshot()["engine_deaths"] == 0
+
+    play(main, {"idle_beat": 0.05}, limits=HangLimits(floor=1.0, interval=0.1))

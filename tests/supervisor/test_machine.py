@@ -281,3 +281,16 @@ def test_a_front_that_was_asleep_does_not_judge():
     assert still(watch, 1, 30) is None
     assert watch.hung(60.0, view(), True) is None
     assert still(watch, 61, 200) == 91
+
+
+def test_an_engine_without_a_sign_of_life_has_stalled_long_before_it_is_hung():
+    watch = Watch(LIMITS, 0.0)
+    for busy in (True, False):
+        quiet = []
+        for now in range(100, 140):
+            watch.hung(float(now), view(beats=busy), busy)
+            quiet.append(watch.stalled)
+        assert quiet[:16] == [None] * 16
+        assert all(seconds > 15 for seconds in quiet[16:])
+        assert watch.hung(141.0, view(beats=5), busy) is None
+        assert watch.stalled is None

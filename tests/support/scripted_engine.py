@@ -12,6 +12,7 @@ continuation after a death is exact, and `delivered` is checked against the scri
       "token_seconds": 0.0, "tokens_per_step": 1,
       "prefill_chunk": 512, "prefill_seconds": 0.0,  per chunk
       "print": "text",                               to stderr, at the start
+      "idle_beat": 1.0,                              seconds between signs of life without work
       "exit_grace": 5.0,                             how long a hung engine outlives its front
       "faults": [{"epoch": 1, "at": "step", "n": 3, "do": "SIGKILL"}, ...]
     }
@@ -167,7 +168,7 @@ class Engine:
             elif self.channel.backlog < BACKLOG_BOUND:
                 self.step()
             self.page.beat()
-            waiting = self.channel.receive(None if idle else 0.0)
+            waiting = self.channel.receive(self.script.get("idle_beat", 1.0) if idle else 0.0)
 
     def take(self, message: wire.ToEngine) -> None:
         if isinstance(message, wire.Submit):

@@ -39,20 +39,23 @@ class Renderer(Protocol):
 class Silence:
     """Sends a keepalive when nothing was sent for a while; gives up on a client that doesn't read.
 
+    None while the engine has stalled: keepalives would hide that nothing moves.
+
     One timer per stream, looked at when it is due, so that a token costs it two attribute writes.
     """
 
-    def __init__(self, exchange: Exchange, keepalive: bytes, interval: float, patience: float) -> None:
+    def __init__(self, service: Service, exchange: Exchange, keepalive: bytes) -> None:
         self._exchange = exchange
         self._send = exchange.send
         self._keepalive = keepalive
-        self._interval = interval
-        self._patience = patience
+        self._backend = service.backend
+        self._interval = service.timing.keepalive
+        self._patience = service.timing.stalled_reader
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._sending = False
         self._task: asyncio.Task[None] | None = None
-        self._timer = self._loop.call_later(interval, self._due)
+        self._timer = self._loop.call_later(self._interval, self._due)
 
     async def send(self, data: bytes, more: bool = True) -> None:
         """A part of the body, or the last. Waits while the client doesn't read."""
@@ -71,7 +74,7 @@ class Silence:
         quiet = now - self._last
         if self._sending and quiet >= self._patience:
             self._exchange.cut()
-        elif not self._sending and quiet >= self._interval:
+        elif not self._sending and quiet >= self._interval and self._backend.state != "stalled":
             self._task = self._loop.create_task(self.send(self._keepalive))
             quiet = 0.0
         self._timer = self._loop.call_later(max(self._interval - quiet, self._interval / 4), self._due)
@@ -85,8 +88,7 @@ class Silence:
 async def stream(service: Service, exchange: Exchange, run: Generation, renderer: Renderer) -> None:
     """Headers and opening at once, then a chunk per event. Raises Reported after its error event."""
     await exchange.start_stream()
-    timing = service.timing
-    silence = Silence(exchange, renderer.keepalive, timing.keepalive, timing.stalled_reader)
+    silence = Silence(service, exchange, renderer.keepalive)
     try:
         opening = renderer.opening(len(run.choices))
         if opening:

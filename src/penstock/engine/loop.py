@@ -53,6 +53,8 @@ BACKLOG_BOUND = 8 << 20
 """Bytes that may wait to be written to the front before the engine stops launching steps."""
 IDLE_BEAT = 1.0
 """Seconds between signs of life while there is nothing to do."""
+IDLE_POOL = 5
+"""Beats without anything to do after which the allocator's pool goes back to the system."""
 STATUS_EVERY = 0.5
 """Seconds between two reports of the books."""
 SPEED_DECAY = 0.5
@@ -128,6 +130,7 @@ class Loop:
         self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
         self.running = Running(page)
         self.trial = False
+        self.idle_beats = 0
 
     def run(self) -> None:
         """Serve until the front closes the channel or says `Shutdown`."""
@@ -228,13 +231,22 @@ class Loop:
         if idle:
             self.page.begin(Phase.IDLE)
             self.cache.tidy()
-        for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
+        messages = self.channel.receive(IDLE_BEAT if idle else 0.0)
+        for message in messages:
             self._take(message)
+        self._rest(idle and not messages)
         while self.channel.backlog > BACKLOG_BOUND:
             for message in self.channel.receive(0.05):
                 self._take(message)
             self.page.beat()
         self.page.beat()
+
+    def _rest(self, idle: bool) -> None:
+        """With nothing to do for a while, freed buffers go back to the system; the next plan takes some again."""
+        self.idle_beats = self.idle_beats + 1 if idle else 0
+        if self.idle_beats == IDLE_POOL:
+            self.accounts.clear_pool()
+            mx.clear_cache()
 
     def _take(self, message: wire.ToEngine) -> None:
         match message:

@@ -24,9 +24,9 @@ from penstock.guilt import judge, judge_memory, must_be_sole
 from penstock.memory.probe import system_probe
 from penstock.supervisor import machine as m
 from penstock.supervisor.autopsy import DeathLog, memory_sign
-from penstock.supervisor.channel import FrontChannel
+from penstock.supervisor.incarnation import Engine as _Engine
 from penstock.supervisor.journal import Entry, Journal, accused, in_order_of_resubmission
-from penstock.supervisor.process import COMMAND, EngineProcess, describe_exit
+from penstock.supervisor.process import COMMAND, describe_exit
 from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
 from penstock.supervisor.warden import Warden
@@ -35,25 +35,6 @@ __all__ = ["Backend", "Done", "Finished", "Job", "Progress", "Ticket", "TicketSt
 
 _log = logging.getLogger("penstock.supervisor")
 _SEED_BITS = 53
-
-
-class _Engine:
-    """One engine process with its channel, and what is known of its end: exit code and end of stream."""
-
-    def __init__(self, backend: Backend, epoch: int, limits: m.HangLimits) -> None:
-        self.epoch = epoch
-        self.code: int | None = None
-        self.closed = False
-        self.verdict: str | None = None
-        self.process = EngineProcess(
-            backend.command, epoch, lambda code: backend._exited(self, code), backend.environment
-        )
-        self.watch = m.Watch(limits, monotonic())
-        self.channel = FrontChannel(
-            lambda message: backend._message(self, message),
-            lambda error: backend._closed(self, error),
-            backend._flush,
-        )
 
 
 class Backend:
@@ -93,15 +74,23 @@ class Backend:
 
     @property
     def state(self) -> str:
-        """downloading (not started yet), loading, ready, restarting, halted, stopping."""
+        """downloading (not started yet), loading, ready, stalled, restarting, halted, stopping."""
         if self._draining:
             return m.State.STOPPING.value
+        if self._life.state is m.State.READY and self._stalled() is not None:
+            return "stalled"
         return self._life.state.value if self._options is not None else "downloading"
 
     @property
     def reason(self) -> str | None:
-        """Why it is restarting or halted."""
+        """Why it is restarting, stalled or halted."""
+        stalled = self._stalled()
+        if stalled is not None and self._life.state is m.State.READY:
+            return f"the engine has made no progress for {stalled:.0f} s"
         return self._life.reason
+
+    def _stalled(self) -> float | None:
+        return None if self._engine is None else self._engine.watch.stalled
 
     def start(self, options: wire.EngineOptions) -> None:
         """Starts the first engine and returns at once; void after `stop`. Once, on the event loop."""

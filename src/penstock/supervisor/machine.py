@@ -246,6 +246,9 @@ class Watch:
         self._limits = limits
         self._seen: tuple[int, int, int] | None = None
         self._since = now
+        self._moved = now
+        self.stalled: float | None = None
+        """Seconds without a sign of life, once that is half of a hang; an idle engine gives signs."""
         self._last_look = now
 
     def hung(self, now: float, view: View, busy: bool) -> float | None:
@@ -253,6 +256,10 @@ class Watch:
         lagged = now - self._last_look > 3 * self._limits.interval
         self._last_look = now
         seen = (view.sequence, view.steps, view.beats)
+        if seen != self._seen or lagged:
+            self._moved = now
+        quiet = now - self._moved
+        self.stalled = quiet if quiet > self._limit(view) / 2 else None
         if seen != self._seen or lagged or not busy:
             # A front that was asleep has seen nothing: it must not judge by a gap of its own making.
             self._seen, self._since = seen, now
