@@ -138,18 +138,24 @@ def test_thinning_covers(places: set[int], state: int, data: st.DataObject) -> N
     assert gone <= places - spared
     assert set(sorted(places)[-RECENT:]) <= set(kept)
     for place in gone:
-        below = [other for other in kept if other > place]
-        assert below[0] - place < max(state, max(places) - below[0]) or any(o in spared for o in below)
+        deeper = min(other for other in kept if other > place)
+        shallower = max((other for other in kept if other < place), default=0)
+        assert deeper - shallower < max(state, max(places) - deeper)
     assert set(surplus(states(*kept), spared, state)) == set(), "thinned once is thinned"
 
 
-def test_thinning_keeps_few_of_a_long_session() -> None:
+def test_thinning_of_a_session_that_grows() -> None:
+    """Few stay, and wherever it is taken up again, little more is computed than lay behind that point."""
     kept: list[int] = []
-    for turn in range(1, 60):
+    end = 0
+    for turn in range(1, 120):
         kept += [turn * 1_000, turn * 1_000 + 300]
         gone = surplus(states(*kept), (), 1_500)
         kept = [place for place in kept if place not in gone]
-    assert len(kept) <= RECENT + 6
+        end = kept[-1]
+    assert len(kept) <= RECENT + 2 * 7
+    for deeper, shallower in zip(kept[::-1], [*kept[-2::-1], 0], strict=True):
+        assert deeper - shallower <= max(1_500, end - deeper) + 1_000
 
 
 def test_thinning_spares_anchors() -> None:

@@ -203,6 +203,85 @@ def test_caps_hold_on_every_path() -> None:
     tree.unpin(pin, 9)
 
 
+def test_caps_hold_when_a_pin_goes_and_when_halves_are_larger() -> None:
+    tree = Tree(max_bytes=1_000)
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 900)), 1)
+    pin = tree.pin(tree.match("", ids((0, 900))), 1)
+    assert tree.adopt(row, "row", 1_200, 1) == []
+    assert tree.evictable == 0
+    assert tree.evict(1, 1) == []
+    assert tree.unpin(pin, 2) == ["row"]
+    tree.insert("", ids((0, 512)), [("a", 512, 990)], 3)
+    cut = tree.insert("", ids((0, 100), (9_000, 1)), [("b", 1, 1)], 4)
+    assert isinstance(cut, Cut)
+    assert set(tree.cut(cut, ("c", 500), ("d", 510), 4)) == {"a", "d"}
+
+
+def test_shedding_spares_what_pins_read_and_what_the_row_has_not() -> None:
+    tree = Tree()
+    sequence = ids((0, 1_024))
+    put(tree, sequence, 1)
+    row = tree.lend("", "row")
+    tree.extend(row, sequence[:700], 2)
+    assert tree.unpacked(row) == []
+    pin = tree.pin(tree.match("", sequence[:700]), 2)
+    assert tree.shed(row) == []
+    tree.unpin(pin, 2)
+    assert tree.shed(row) == [("s", 0)], "the second segment has ids that the row has not"
+    assert tree.match("", sequence).why == "whole"
+    assert tree.unpacked(row) == [(0, 512)]
+    other = tree.lend("", "other")
+    tree.extend(other, ids((5_000, 10)), 3)
+    short = tree.lend("", "short")
+    tree.extend(short, ids((5_000, 5)), 3)
+    assert tree.unpacked(short) == [(0, 5)], "no further than the row goes"
+    check(tree)
+
+
+def test_buffers_that_others_hang_on_go_after_them() -> None:
+    tree = Tree()
+    shared, own = ids((0, 512)), ids((0, 512), (9_000, 512))
+    put(tree, own, 1, "branch")
+    row = tree.lend("", "row")
+    tree.extend(row, shared + ids((5_000, 100)), 1)
+    tree.shed(row)
+    tree.adopt(row, "buffers", 612, 1)
+    tree.unpin(tree.pin(tree.match("", own), 50), 50)
+    assert tree.evict(1, 51) == [("branch", 512)]
+    assert tree.evict(1, 51) == ["buffers"]
+    assert tree.tokens == 0
+
+
+def test_what_is_held_twice_by_rows_goes_without_loss() -> None:
+    tree = Tree()
+    put(tree, ids((7_000, 100)), 0)
+    row, other = tree.lend("", "row"), tree.lend("", "other")
+    tree.extend(row, ids((0, 100)), 5)
+    tree.extend(other, ids((0, 100)), 5)
+    tree.adopt(row, "buffers", 150, 5)
+    assert tree.evict(1, 6) == ["buffers"]
+    assert tree.tokens == 200
+
+
+def test_states_go_with_their_ids_and_thinning_spares_others() -> None:
+    tree = Tree(stateful=True, state_tokens=100)
+    row = tree.lend("", "row")
+    tree.extend(row, ids((0, 1_000)), 1)
+    for position in (300, 955, 970, 980, 990, 1_000):
+        tree.keep(row, position, position, 1, 1)
+    other = tree.lend("", "other")
+    tree.extend(other, ids((0, 960)), 1)
+    assert tree.keep(other, 960, 960, 1, 1) == [], "what lies deeper is another's"
+    pin = tree.pin(tree.match("", ids((0, 960))), 1)
+    tree.extend(row, ids((1_000, 50)), 1)
+    assert 960 not in [freed for n in range(1_001, 1_010) for freed in tree.keep(row, n, n, 1, 1)]
+    tree.unpin(pin, 1)
+    assert tree.shorten(row, 1_009) == []
+    assert tree.shorten(row, 1_008) == [1_009]
+    check(tree)
+
+
 def test_statistics() -> None:
     tree = Tree(stateful=True)
     row = tree.lend("", "row")

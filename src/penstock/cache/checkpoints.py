@@ -102,18 +102,20 @@ def surplus(path: Sequence[Checkpoint], spared: Container[int], state_tokens: in
     """Positions of a path's states that are not worth their bytes, by coverage and not by age.
 
     The deepest `RECENT`, the first anchor (the end of system and tools, which other sessions share), the
-    latest `ANCHORS` (starts of turns) and the `spared` positions stay. Of the others those stay that are
-    `state_tokens` from the next deeper one that stays, and twice as far from the end: who comes back to any
-    point computes at most as much again as lies behind that point.
+    latest `ANCHORS` (starts of turns) and the `spared` positions stay. Another goes if the gap that it leaves
+    is shorter than `state_tokens`, or than the way from there to the end: who comes back into the gap
+    computes no more than what lay behind it. So distances double, and go on doing so as the path grows.
     """
     states = sorted(path, key=lambda kept: -kept.position)
     anchors = [kept.position for kept in states if kept.anchor]
     anchors = anchors[:ANCHORS] + anchors[-1:]
+    places = [kept.position for kept in states]
     gone: list[int] = []
-    end = last = states[0].position if states else 0
-    for rank, position in enumerate(kept.position for kept in states):
-        if rank < RECENT or last - position >= max(state_tokens, end - last):
-            last = position
-        elif position not in anchors and position not in spared:
+    end = deeper = places[0] if places else 0
+    for rank, (position, shallower) in enumerate(pairwise([*places, 0])):
+        gap = deeper - shallower < max(state_tokens, end - deeper)
+        if gap and rank >= RECENT and position not in anchors and position not in spared:
             gone.append(position)
+        else:
+            deeper = position
     return gone

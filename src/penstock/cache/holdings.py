@@ -110,9 +110,6 @@ class Holdings:
     def _evict(self, goal: int, now: float, freed: list[Any]) -> None:
         bytes_before = self.bytes
         for cover in list(self._covers):
-            if self.bytes > goal and not cover.live and not self._needed(cover):
-                self._remove(cover, freed)
-        for cover in list(self._covers):
             if self.bytes > goal:
                 self._shed(cover, goal, freed)
         heap: list[tuple[float, int, Victim]] = []

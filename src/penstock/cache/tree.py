@@ -170,7 +170,6 @@ class Tree(Holdings):
             node.children[bytes(data[:WIDTH])] = child
             node.branches += 1
             cover.node = child
-            self._leaves.pop(node, None)
             self._leaves[child] = None
         self.tokens += len(data) // WIDTH
         return len(data) // WIDTH
