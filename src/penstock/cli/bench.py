@@ -6,7 +6,6 @@ Refuses: starting a server. Exit codes: 0 if no request was lost, 1 if some were
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import os
 import sys
@@ -38,6 +37,8 @@ def add(commands: Any) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Play the profile and print what came of it."""
+    import asyncio
+
     from penstock.traffic.profiles import PROFILES as MAKERS
     from penstock.traffic.profiles import to_lines
 
