@@ -100,7 +100,7 @@ class PromptCache:
     def reached(self, sequence: Sequence) -> None:
         """A chunk was read cleanly: keep the state if this is where one was wanted."""
         if sequence.computed in sequence.cuts and sequence.computed == sequence.row.length:
-            self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[-1:]))
+            self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[:1]))
 
     # -- rows go -------------------------------------------------------------------------------------
 
@@ -146,6 +146,10 @@ class PromptCache:
         for row, (cover, _) in list(self._adopted.items()):
             if not self._pack(cover, row):
                 return
+
+    def leases(self) -> list[Lease]:
+        """What it holds, for the audit."""
+        return [self._stored, *(lease for _, lease in self._adopted.values())]
 
     def clear(self) -> None:
         """Drop everything that no live row holds."""
