@@ -233,16 +233,16 @@ class Storm:
             self._submit()
         if alive and draw() < 0.01:
             self.engine.end(self.random.choice(alive).id)
-        if draw() < 0.02:
-            least = self.weights + int(0.4 * self.alone)
-            self._budget(self.ceiling if draw() < 0.6 else self.random.randint(least, self.ceiling))
+        if draw() < 0.03:
+            least = self.weights + int(0.3 * self.alone)
+            self._budget(self.ceiling if draw() < 0.7 else self.random.randint(least, self.ceiling))
 
     def _budget(self, size: int) -> None:
         self.engine.channel.inbox.append(wire.Budget(size, self.ceiling, "the storm"))
 
     def _submit(self) -> None:
         rng = self.random
-        length = min(CONTEXT - 60, int(16 * 2 ** (9 * rng.random() ** 1.5)))
+        length = min(CONTEXT - 60, int(16 * 2 ** (9.2 * rng.random() ** 1.5)))
         shared = rng.choice([0, 0, length // 2, 3 * length // 4])
         ids = [7 + i % 1000 for i in range(shared)] + rng.choices(range(1, 2000), k=length - shared)
         hot = rng.choice(SETTINGS)

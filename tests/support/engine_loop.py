@@ -97,6 +97,9 @@ class EngineLoop:
             vocab_size=vocab_size,
             pipelined=pipelined,
         )
+        # Other tests' models are alive beside this one's.
+        others = mx.get_active_memory() - weights
+        self.loop.active = lambda: int(mx.get_active_memory()) - others
         self.answers: dict[int, Answer] = {}
         self.next_id = 1
 
@@ -139,6 +142,8 @@ class EngineLoop:
         """Let go of the page; nothing may be left in the runner."""
         assert not self.loop.sequences
         assert not self.loop.leaving
+        self.loop._audit()
+        assert self.loop.counts["audit_repairs"] == 0
         self.cache.clear()
         assert self.accounts.ledger.balance(Account.CACHED) == 0, "the cache holds what can't be evicted"
         assert self.loop.runner.bytes() == 0, "the engine is not empty when idle"

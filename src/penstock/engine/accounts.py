@@ -7,10 +7,11 @@ every launched step one for its transient until it has been read.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 
 from penstock.engine.scheduler import Room
 from penstock.engine.sequence import Sequence
+from penstock.memory.audit import Count, Finding, audit
 from penstock.memory.costs import Costs
 from penstock.memory.ledger import Account, Lease, Ledger
 
@@ -88,6 +89,13 @@ class Accounts:
     def begin(self, transient: int) -> Lease:
         """The lease of a step's transient, to be released when the step was read."""
         return self._take(Account.TRANSIENT, transient)
+
+    def audit(self, rows: Mapping[int, int], cached: Iterable[Lease], active: int) -> list[Finding]:
+        """Compare with what the rows hold, by sequence id, and with all that the allocator has handed out."""
+        counts = [Count(self.rows[id_], size, growing=True) for id_, size in rows.items() if id_ in self.rows]
+        counts += [Count(lease, lease.size) for lease in cached]
+        counts.append(Count(self._states, self._states.size))
+        return audit(self.ledger, counts, active)
 
     def clear_pool(self) -> None:
         """The allocator gives back what it keeps, and keeps nothing until there is room again."""

@@ -17,6 +17,7 @@ import gc
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -111,6 +112,7 @@ class Loop:
         self.page = page
         self.facts = facts
         self.accounts = accounts
+        self.active: Callable[[], int] = mx.get_active_memory
         self.cache = cache
         self.leaving: list[Sequence] = []
         self.correction = Correction()
@@ -231,6 +233,7 @@ class Loop:
         if idle:
             self.page.begin(Phase.IDLE)
             self.cache.tidy()
+            self._audit()
         messages = self.channel.receive(IDLE_BEAT if idle else 0.0)
         for message in messages:
             self._take(message)
@@ -485,6 +488,15 @@ class Loop:
         self.trial = True
         self.facts = replace(self.facts, stacked=())
         self._synchronise()
+
+    def _audit(self) -> None:
+        """With nothing in flight: does everyone hold what the books say?"""
+        self.accounts.keep_states(self.runner.orphans)
+        on_board = [s for s in self.sequences.values() if s.row is not None]
+        rows = {s.id: self.runner.row_bytes(s.row) for s in on_board}
+        for finding in self.accounts.audit(rows, self.cache.leases(), self.active()):
+            log.warning("audit: %s", finding)
+            self.counts["audit_repairs"] += 1
 
     def _say_status(self) -> None:
         now = time.monotonic()

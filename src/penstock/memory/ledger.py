@@ -135,6 +135,10 @@ class Ledger:
         self._check(lease)
         self._change(lease, size, buffers)
 
+    def leases(self) -> tuple[Lease, ...]:
+        """All open leases, for the audit."""
+        return tuple(self._leases)
+
     def statement(self) -> dict[str, int]:
         """Bytes by account, for people and for /v1/status; they add up to `held`."""
         return {account.value: size for account, size in self._held.items()}

@@ -1,0 +1,82 @@
+"""The engine's books over a real model: forgetting to say what was done is found, healed and counted."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import mlx.core as mx
+import pytest
+from tests.support import tiny_models
+from tests.support.engine_loop import EngineLoop
+
+from penstock.engine.batch import Runner
+from penstock.memory.costs import Costs
+from penstock.memory.ledger import Account
+
+
+def engine(name: str = "qwen3_5") -> EngineLoop:
+    return EngineLoop(Runner(tiny_models.build(name)), vocab_size=tiny_models.VOCAB)
+
+
+def finished(made: EngineLoop, length: int = 400) -> None:
+    made.submit([5] * length, max_tokens=3)
+    made.play()
+
+
+def test_a_row_whose_lease_is_never_released_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = engine()
+    monkeypatch.setattr(made.accounts, "leave", lambda sequence: None)
+    finished(made)
+    for _ in range(2):
+        made.turn()
+    assert made.accounts.ledger.balance(Account.LIVE_KV) == 0, "healed when idle"
+    assert made.loop.counts["audit_repairs"] == 1
+    assert made.loop.status().counts["audit_repairs"] == 1
+
+
+def test_a_buffer_that_nobody_owns_is_found() -> None:
+    made = engine()
+    finished(made)
+    made.turn()
+    kept = mx.zeros((1 << 20,))
+    mx.eval(kept)
+    made.turn()
+    assert made.loop.counts["audit_repairs"] == 1
+    assert made.accounts.ledger.balance(Account.WEIGHTS) >= 4 << 20
+    del kept
+
+
+@pytest.mark.parametrize("name", ["qwen3", "qwen3_5", "gemma3_text", "mamba2"])
+def test_rows_never_hold_more_than_their_lease(name: str) -> None:
+    """Through long chunks, which leave a window or a state with more than it needs, and through growth."""
+    made = engine(name)
+    made.loop.facts = replace(made.loop.facts, chunk_longest=300)
+    made.submit([3 + i % 50 for i in range(700)], max_tokens=40)
+    made.submit([9] * 20, max_tokens=1100)
+    worst = 0.0
+    for _ in range(200):
+        made.turn()
+        made.loop._read()
+        for sequence in made.loop.sequences.values():
+            if sequence.row is not None:
+                with tiny_models.exact_sizes():
+                    held = made.loop.runner.row_bytes(sequence.row)
+                # mx.contiguous lets an array keep a buffer that is up to 16 KB too large.
+                kept = sum(len(cache.cache) for cache in sequence.row.states) * 16_384
+                worst = max(worst, held / (made.accounts.rows[sequence.id].size + kept))
+    assert 0.1 < worst <= 1.0
+    for id_ in list(made.loop.sequences):
+        made.end(id_)
+    made.turn()
+    made.turn()
+    made.close()
+
+
+def test_costs_are_what_rows_hold() -> None:
+    runner = Runner(tiny_models.build("gemma3_text"))
+    costs: Costs = EngineLoop(runner, vocab_size=tiny_models.VOCAB).accounts.costs
+    row = runner.open(500)
+    mx.eval(runner.prefill(row, [1] * 300))
+    with tiny_models.exact_sizes():
+        assert costs.row(500) - costs.fixed <= runner.row_bytes(row) <= costs.row(500)
+    runner.close(row)
