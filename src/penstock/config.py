@@ -213,6 +213,16 @@ class Options:
         "The most that the engine may hold: weights, KV of running requests, caches, buffers, all of it.",
         unset="what the device, cgroups, rlimits and physical memory allow, less a reserve",
     )
+    hard_memory_limit: bool = _option(
+        MEMORY,
+        SWITCH,
+        False,
+        "Let Linux refuse the engine memory beyond its limit, so that a mistake ends the engine, which is "
+        "started again, and not another process. CPU back end only.",
+    )
+    wire_weights: bool = _option(
+        MEMORY, SWITCH, False, "Keep the weights resident on Metal. Nothing else is ever wired."
+    )
     front_memory: int = _option(
         MEMORY,
         SIZE,

@@ -210,5 +210,7 @@ def _engine_options(path: Path, text: TextParts, options: Options) -> wire.Engin
         stall_target_ms=options.stall_target_ms,
         prompt_cache_bytes=options.prompt_cache_bytes,
         prompt_cache_size=options.prompt_cache_size,
+        hard_memory_limit=options.hard_memory_limit,
+        wire_weights=options.wire_weights,
         xtc_special=(*newline, *sorted(text.tokenizer.eos_ids)),
     )

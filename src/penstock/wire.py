@@ -65,6 +65,8 @@ class EngineOptions(msgspec.Struct, frozen=True):
     prompt_cache_bytes: int | None = None
     prompt_cache_size: int | None = None
     """Caps on the prompt cache beside the budget, in bytes and in sequences; 0 turns it off."""
+    hard_memory_limit: bool = False
+    wire_weights: bool = False
     xtc_special: tuple[int, ...] = ()
     """Ids that XTC never takes away: newline and end of turn, as the tokenizer knows them."""
     batch_mode: str = "auto"

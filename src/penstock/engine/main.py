@@ -16,7 +16,7 @@ from typing import TypeVar
 import mlx.core as mx
 
 from penstock import weights, wire
-from penstock.engine import calibrate, device, loader, probe, profile
+from penstock.engine import calibrate, device, limits, loader, probe, profile
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
@@ -97,20 +97,24 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         )
         profile.save(key, transient)
     mx.clear_cache()
-    accounts = Accounts(budget.ceiling, facts.weights_bytes, costs, mx.set_cache_limit)
+    held = max(facts.weights_bytes, int(mx.get_active_memory()))  # with constants that the model has made
+    accounts = Accounts(budget.ceiling, held, costs, limits.set_pool, mx.set_memory_limit)
     accounts.set_budget(budget.size)
     cache = PromptCache(
         runner, accounts, max_bytes=options.prompt_cache_bytes, max_entries=options.prompt_cache_size
     )
     if cache.obstacle:
         log.warning("the prompt cache is off: this model's %s can't be cut or kept exactly", cache.obstacle)
-    mx.set_memory_limit(budget.ceiling)
+    if options.wire_weights:
+        limits.wire_weights(held)
     longest = Fit(costs, transient).longest(room, facts.context_length)
     if longest == 0:
         raise Refused(
             f"the model's weights take {gigabytes(facts.weights_bytes)} and leave too little of "
             f"{gigabytes(budget.ceiling)} ({budget.decided_by}) to compute a single token"
         )
+    if options.hard_memory_limit:
+        limits.fence(budget.ceiling)
     channel.send(
         wire.Ready(
             model_type=facts.model_type,
