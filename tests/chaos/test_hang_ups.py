@@ -1,0 +1,62 @@
+"""Hang-ups under load by the hundred, at every stage of a request: nothing of them stays."""
+
+from __future__ import annotations
+
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.support import tiny_models
+from tests.support.hang_ups import STAGES, descriptors, hang_up
+from tests.support.whole_server import WholeServer
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+AT_A_TIME = 6
+
+
+def settled(server: WholeServer) -> dict[str, Any]:
+    end = time.monotonic() + 60
+    while time.monotonic() < end:
+        health = server.health()
+        open_ones = (health["open"], health["ending"], health["front"]["open_requests"])
+        memory = health["memory"]
+        if open_ones == (0, 0, 0) and memory["running"] == memory["waiting"] == 0:
+            return health
+        time.sleep(0.1)
+    raise AssertionError(f"not at rest: {health}")
+
+
+def resident(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * 4096
+
+
+@pytest.mark.parametrize("count", [60, pytest.param(1000, marks=pytest.mark.chaos)])
+def test_nothing_of_a_hang_up_stays(tmp_path: Path, count: int) -> None:
+    model = tiny_models.write_model_dir(tmp_path / "model", "qwen3")
+    with WholeServer(model, tmp_path, "--decode-concurrency", "4", "--prompt-concurrency", "2") as server:
+        with ThreadPoolExecutor(AT_A_TIME) as pool:
+            leave = lambda at: hang_up(server.port, STAGES[at % len(STAGES)], at, 1200)  # noqa: E731
+            list(pool.map(leave, range(len(STAGES) * 3)))  # what lives as long as the process comes to be
+            before = settled(server)
+            files = descriptors(server.process.pid)
+            memory = resident(server.process.pid)
+            list(pool.map(leave, range(100, 100 + count)))
+        health = settled(server)
+        assert health["engine_deaths"] == 0
+        live = [h["memory"]["accounts"].get("live_kv", 0) for h in (before, health)]
+        assert live[0] == live[1] == 0
+        end = time.monotonic() + 15
+        while descriptors(server.process.pid) > files and time.monotonic() < end:
+            time.sleep(0.1)
+        assert descriptors(server.process.pid) <= files
+        assert resident(server.process.pid) - memory < 32 << 20
+        again = hang_up(server.port, "last", 7)
+        answer = server.ask(again, 3)
+        assert answer.answered
+        assert answer.body["usage"]["prompt_tokens_details"]["cached_tokens"] > 0, "what was computed is used"
+        log = server.log()
+    assert "Traceback" not in log, log[-3000:]
+    assert "BrokenPipe" not in log
