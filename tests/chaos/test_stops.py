@@ -1,0 +1,148 @@
+"""Processes stopped, hung and asked to go, with the real engine: found out, replaced, drained."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from array import array
+from pathlib import Path
+
+import pytest
+from tests.support import tiny_models
+from tests.support.hang_ups import post, until
+from tests.support.tickets import hear, run
+from tests.support.whole_server import ROOT, WholeServer
+
+from penstock import wire
+from penstock.supervisor.backend import Backend, Job
+from penstock.supervisor.machine import HangLimits
+
+PROMPTS = [array("I", range(5, 5 + length)) for length in (3, 40, 90, 150)]
+QUICK = HangLimits(floor=1.5, loading=60.0, interval=0.2, kill_grace=2.0)
+ENGINE = (sys.executable, "-m", "penstock.engine")
+SLOW = (sys.executable, str(ROOT / "tests/support/faulty_engine.py"))
+
+
+@pytest.fixture(scope="module", name="model")
+def _model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_models.write_model_dir(tmp_path_factory.mktemp("stops") / "model", "qwen3")
+
+
+@contextlib.asynccontextmanager
+async def serving(model: Path, limits: HangLimits, command=ENGINE, **environment: str):
+    backend = Backend(command, limits=limits, environment={**os.environ, **environment})
+    backend.start(wire.EngineOptions(str(model)))
+    try:
+        await backend.wait_ready()
+        yield backend
+    finally:
+        await backend.stop(0.0)
+
+
+def open_all(backend: Backend, most: int = 150):
+    sampling = wire.Sampling(temperature=1.0)
+    return [backend.open(Job(p, sampling, max_tokens=most, seed=7, ignore_eos=True)) for p in PROMPTS]
+
+
+async def answers(tickets) -> list[list[int]]:
+    return [(await hear(ticket)).ids[0] for ticket in tickets]
+
+
+def test_a_stopped_engine_is_replaced_and_streams_go_on(model: Path) -> None:
+    async def main() -> None:
+        async with serving(model, QUICK) as backend:
+            expected = await answers(open_all(backend))
+            tickets = open_all(backend)
+            while not all(ticket.stats.generated[0] > 5 for ticket in tickets):
+                await asyncio.sleep(0.01)
+            os.kill(backend.snapshot()["engine"]["pid"], signal.SIGSTOP)
+            assert await answers(tickets) == expected
+            assert backend.snapshot()["engine_deaths"] == 1
+
+    run(main(), 120)
+
+
+def test_a_slow_first_step_is_not_killed(model: Path) -> None:
+    """It takes longer than a hang may, but is the first of its shape."""
+
+    async def main() -> None:
+        async with serving(model, QUICK, SLOW, PENSTOCK_TEST_FAULT="slow:4") as backend:
+            assert all(len(ids) == 20 for ids in await answers(open_all(backend, 20)))
+            assert backend.snapshot()["engine_deaths"] == 0
+
+    run(main(), 120)
+
+
+@pytest.mark.parametrize("bad", [1, 2])
+def test_who_aborts_the_engine_fails_alone(model: Path, bad: int) -> None:
+    async def main() -> None:
+        async with serving(model, HangLimits(), SLOW, PENSTOCK_TEST_FAULT="abort:255") as backend:
+            poison = [array("I", [*range(9, 30 + i), 255, 7]) for i in range(bad)]
+            sampling = wire.Sampling(logit_bias={255: -1000.0})
+            good = [backend.open(Job(p, sampling, max_tokens=1500, ignore_eos=True)) for p in PROMPTS]
+            guilty = [backend.open(Job(p, sampling, max_tokens=9)) for p in poison]
+            for ticket in guilty:
+                with pytest.raises(Exception, match="died twice"):
+                    await hear(ticket)
+            assert all(ticket.stats.generated[0] < 1500 for ticket in good), "they were there all the time"
+            for ticket in good:
+                ticket.end(0, 10)
+            assert 2 <= backend.snapshot()["engine_deaths"] <= 2 + 2 * bad
+
+    run(main(), 180)
+
+
+@pytest.mark.parametrize("seconds", [4.0, pytest.param(20.0, marks=pytest.mark.chaos)])
+def test_a_front_that_was_stopped_loses_nothing(model: Path, tmp_path: Path, seconds: float) -> None:
+    body = {"messages": [{"role": "user", "content": "abc"}], "max_tokens": 300, "stream": True, "seed": 3}
+    with WholeServer(model, tmp_path) as server:
+        streams = [post(server.port, body) for _ in range(8)]
+        for stream in streams:
+            until(stream, b'"content":"')
+        os.kill(server.process.pid, signal.SIGSTOP)
+        time.sleep(seconds)
+        os.kill(server.process.pid, signal.SIGCONT)
+        rests = [until(stream, b"[DONE]") for stream in streams]
+        assert all(b"[DONE]" in rest for rest in rests)
+        assert server.health()["engine_deaths"] == 0
+        for stream in streams:
+            stream.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_asked_to_go_it_cuts_with_an_error_event_and_exits_with_0(
+    model: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    body = {"messages": [{"role": "user", "content": "abc"}], "stream": True, "temperature": 0}
+    body["logit_bias"] = {str(tiny_models.END_OF_TURN): -100}
+    with WholeServer(model, tmp_path, "--drain-timeout", "1") as server:
+        stream = post(server.port, body)
+        until(stream, b'"content":"', 3)
+        os.kill(server.process.pid, number)
+        late = server.ask("x", 1)
+        rest = until(stream, b"\n\ndata: [DONE]")
+        stream.close()
+        assert server.process.wait(20) == 0
+    assert late.status in (0, 503)
+    event = json.loads(rest.strip().split(b"data: ")[-1].split(b"\n")[0])
+    assert event["error"]["code"] == "shutting_down"
+
+
+def test_idle_connections_by_the_thousand_leave_room_for_others(model: Path, tmp_path: Path) -> None:
+    with WholeServer(model, tmp_path) as server:
+        idle = []
+        with contextlib.ExitStack() as stack:
+            for _ in range(900):
+                connection = stack.enter_context(socket.create_connection(("127.0.0.1", server.port), 10))
+                connection.send(b"G")
+                idle.append(connection)
+            began = time.monotonic()
+            assert server.ask("x", 1).status == 200
+            assert time.monotonic() - began < 9, "before the idle ones are closed"
+        assert server.health()["status"] == "ok"
