@@ -27,6 +27,9 @@ from typing import Any, TypeVar
 ROOT = Path(__file__).parents[2]
 PENSTOCK = (sys.executable, "-c", "import sys; from penstock.cli import main; sys.exit(main())")
 
+_OWN = {"OPENBLAS_NUM_THREADS": "1"}
+"""BLAS's threads wait for each other by spinning: where other things run, too, one is quicker."""
+
 T = TypeVar("T")
 
 
@@ -78,7 +81,7 @@ class WholeServer:
             self.process = subprocess.Popen(
                 [*PENSTOCK, "serve", str(model), "--port", str(self.port), *flags],
                 cwd=ROOT,
-                env={**os.environ, "XDG_CACHE_HOME": str(scratch / "cache"), **(environment or {})},
+                env={**os.environ, **_OWN, "XDG_CACHE_HOME": str(scratch / "cache"), **(environment or {})},
                 stdout=log,
                 stderr=log,
                 start_new_session=True,

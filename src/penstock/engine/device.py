@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import os
 import platform
+import tempfile
 
 import mlx.core as mx
 
 from penstock import wire
+from penstock.engine import lean
 from penstock.memory.probe import system_probe
 
 WARM_UP = 768
@@ -43,8 +45,16 @@ def name() -> str:
 
 
 def _warm_up() -> None:
-    """Let what lives as long as the process come to be, so that it is counted: threads, BLAS's buffers."""
+    """Let what lives as long as the process come to be, so that it is counted.
+
+    MLX's threads, those that read weights among them, BLAS's buffers, and the code that builds models.
+    """
+    lean.utils()
     mx.set_cache_limit(0)
     side = mx.ones((WARM_UP, WARM_UP))
     mx.eval(side @ side)
+    with tempfile.TemporaryDirectory(prefix="penstock-") as folder:
+        file = os.path.join(folder, "warm.safetensors")
+        mx.save_safetensors(file, {"x": side[0]})
+        mx.eval(mx.load(file))
     mx.clear_cache()
