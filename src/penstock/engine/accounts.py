@@ -14,6 +14,7 @@ from penstock.engine.sequence import Sequence
 from penstock.memory.audit import Count, Finding, audit
 from penstock.memory.costs import Costs
 from penstock.memory.ledger import Account, Lease, Ledger
+from penstock.memory.predict import Transient
 
 POOL_LIMIT = 1 << 30
 POOL_SHARE = 0.05
@@ -110,6 +111,17 @@ class Accounts:
         if self._pool is None and self.ledger.room - planned >= 2 * limit:
             self._pool = self._take(Account.POOL, limit)
             self.set_pool(limit)
+
+    def floors(self, on_board: list[Sequence], transient: Transient) -> tuple[int, int]:
+        """Bytes that all rows and their next step hold, and the same for the oldest row alone.
+
+        `on_board` by arrival. The budget is not cut below the second, and below the first only in need.
+        """
+        floor = self.ledger.held - self.ledger.balance(Account.POOL)
+        least = floor - sum(self.rows[s.id].size for s in on_board[1:])
+        if not self.ledger.balance(Account.TRANSIENT):
+            least += transient.decode([s.capacity for s in on_board[:1]])
+        return floor, least
 
     def _take(self, account: Account, size: int, buffers: int = 0) -> Lease:
         lease = self.ledger.take(account, size, buffers, self.ceiling)

@@ -13,12 +13,11 @@ read is believed: the rows of those steps are computed again from their ids, and
 
 from __future__ import annotations
 
-import gc
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
@@ -42,8 +41,10 @@ from penstock.engine.scheduler import (
     schedule,
 )
 from penstock.engine.sequence import Sequence
+from penstock.engine.status import Reporter
+from penstock.engine.step import InFlight, check, collect_errors, inputs, lists, members
 from penstock.guilt import MEMORY_WORDS, judge
-from penstock.memory.ledger import Account, Lease
+from penstock.memory.ledger import Account
 from penstock.memory.predict import MARGIN, Correction
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone
@@ -56,37 +57,12 @@ IDLE_BEAT = 1.0
 """Seconds between signs of life while there is nothing to do."""
 IDLE_POOL = 5
 """Beats without anything to do after which the allocator's pool goes back to the system."""
-STATUS_EVERY = 0.5
-"""Seconds between two reports of the books."""
 SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
 
 
 class ShutdownAsked(Exception):
     """The front asked the engine to stop."""
-
-
-@dataclass(slots=True)
-class InFlight:
-    """A launched step: its decode rows and their draws (B,), and the prefill arrays to be waited for."""
-
-    rows: tuple[Sequence, ...]
-    draws: Sampled | None
-    chunk: Chunk | None
-    chunk_arrays: Any
-    lease: Lease
-    launched_at: float
-    lasting: int
-    """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
-    orphans: int
-    """Closed rows' states in the stack that it replaced: they are there until it has run."""
-
-
-def _members(step: InFlight | None) -> tuple[Sequence, ...]:
-    """All sequences whose rows a step computes."""
-    if step is None:
-        return ()
-    return step.rows if step.chunk is None else (*step.rows, step.chunk.sequence)
 
 
 class Loop:
@@ -117,8 +93,7 @@ class Loop:
         self.leaving: list[Sequence] = []
         self.correction = Correction()
         self.counts: Counter[str] = Counter()
-        self.decided_by = ""
-        self.status_at = 0.0
+        self.reporter = Reporter(accounts)
         self.peak = 0
         self.runnable = False
         self.context_length = context_length
@@ -152,13 +127,15 @@ class Loop:
             self.runnable = bool(plan)
             launched = self._launch(plan) if plan else None
             if self.trial:
-                self.facts = replace(self.facts, apart=not any(s.apart for s in _members(launched)))
+                self.facts = replace(self.facts, apart=not any(s.apart for s in members(launched)))
             self._read()
             self.in_flight = launched
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
-        self._say_status()
+        status = self.reporter.due(self.sequences.values(), self.facts, self.counts)
+        if status is not None:
+            self.channel.send(status)
 
     def _read_first(self) -> bool:
         """Two chunks in flight would hold two chunks' activations; a suspect's step is to be alone."""
@@ -245,7 +222,7 @@ class Loop:
         self.page.beat()
 
     def _rest(self, idle: bool) -> None:
-        """With nothing to do for a while, freed buffers go back to the system; the next plan takes some again."""
+        """Nothing to do for a while: freed buffers go back to the system, until the next plan."""
         self.idle_beats = self.idle_beats + 1 if idle else 0
         if self.idle_beats == IDLE_POOL:
             self.accounts.clear_pool()
@@ -316,7 +293,7 @@ class Loop:
             self.accounts.grow(sequence, capacity)
             sequence.capacity = capacity
         lease = self.accounts.begin(plan.transient)
-        self.running.only(_members(self.in_flight))
+        self.running.only(members(self.in_flight))
         orphans = self.runner.orphans
         try:
             for sequence, capacity in plan.grow:
@@ -332,8 +309,8 @@ class Loop:
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.running.decode(rows)
-        inputs = self._inputs(rows)
-        logits = self.runner.decode([s.row for s in rows], inputs)
+        ids = inputs(rows, self.in_flight)
+        logits = self.runner.decode([s.row for s in rows], ids)
         batch = self._sampling_batch(rows)
         history: list[Any] = []
         if batch.processors:
@@ -341,24 +318,12 @@ class Loop:
         excluded = None
         if any(s.must_go_on for s in rows):
             excluded = [tuple(self.eos_ids) if s.must_go_on else () for s in rows]
-        draws = sample(logits, batch, [s.drawn for s in rows], history, inputs, excluded=excluded)
+        draws = sample(logits, batch, [s.drawn for s in rows], history, ids, excluded=excluded)
         mx.async_eval(draws)  # type: ignore[no-untyped-call]
         self.facts = replace(self.facts, stacked=tuple(s.id for s in rows))
         for sequence in rows:
             sequence.launched += 1
         return draws
-
-    def _inputs(self, rows: tuple[Sequence, ...]) -> mx.array:
-        """Each row's next input id, (B,): from the step in flight where the host does not know it yet."""
-        before = self.in_flight
-        if before is None or before.draws is None or not any(s.input_on_device for s in rows):
-            return mx.array([s.tokens[s.launched] for s in rows], dtype=mx.int32)
-        if rows == before.rows:
-            return before.draws.tokens
-        place = {s.id: i for i, s in enumerate(before.rows)}
-        known = [0 if s.input_on_device else s.tokens[s.launched] for s in rows]
-        index = [place[s.id] if s.input_on_device else len(before.rows) + i for i, s in enumerate(rows)]
-        return mx.concatenate([before.draws.tokens, mx.array(known, dtype=mx.int32)])[mx.array(index)]
 
     def _sampling_batch(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
         ids = tuple(s.id for s in rows)
@@ -370,7 +335,7 @@ class Loop:
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
         self.running.prefill(sequence, chunk.length, self.facts.seconds_per_prefill_id or 0.0)
-        self.decided_by = chunk.decided_by
+        self.reporter.decided_by = chunk.decided_by
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
         arrays = self.runner.prefill(sequence.row, ids)
@@ -408,16 +373,9 @@ class Loop:
         self.correction.observe(granted, int(measured * MARGIN))
 
     def _read_draws(self, step: InFlight) -> None:
-        draws = step.draws
-        assert draws is not None
-        tokens: Any = draws.tokens.tolist()
-        logprobs: Any = None if draws.logprobs is None else draws.logprobs.tolist()
-        top = None
-        if draws.top_ids is not None and draws.top_logprobs is not None:
-            all_ids: Any = draws.top_ids.tolist()
-            values: Any = draws.top_logprobs.tolist()
-            top = [list(zip(*pair, strict=True)) for pair in zip(all_ids, values, strict=True)]
-        self._check()
+        assert step.draws is not None
+        tokens, logprobs, top = lists(step.draws)
+        check()
         for i, sequence in enumerate(step.rows):
             if self.sequences.get(sequence.id) is not sequence:
                 continue  # it ended before this step: a spare draw
@@ -435,7 +393,7 @@ class Loop:
         chunk = step.chunk
         assert chunk is not None
         mx.eval(step.chunk_arrays)
-        self._check()
+        check()
         sequence = chunk.sequence
         speed = (time.monotonic() - step.launched_at) / chunk.length
         before = self.facts.seconds_per_prefill_id
@@ -448,14 +406,6 @@ class Loop:
             self.report.prefill.append(wire.Prefill(sequence.id, sequence.computed, sequence.prompt_length))
 
     # -- errors ---------------------------------------------------------------------------------------
-
-    @staticmethod
-    def _check() -> None:
-        """Launch next to nothing before anything that was read is booked.
-
-        Launching is where MLX reports what failed before, also where reading the results did not raise.
-        """
-        mx.async_eval(mx.array(0) + 1)  # type: ignore[no-untyped-call]
 
     def _recover(self, error: Exception) -> None:
         """Nothing since the last clean read is believed: the rows of those steps are computed again.
@@ -487,7 +437,7 @@ class Loop:
         self.running.only(())
         self.trial = True
         self.facts = replace(self.facts, stacked=())
-        self._synchronise()
+        collect_errors()
 
     def _audit(self) -> None:
         """With nothing in flight: does everyone hold what the books say?"""
@@ -497,45 +447,3 @@ class Loop:
         for finding in self.accounts.audit(rows, self.cache.leases(), self.active()):
             log.warning("audit: %s", finding)
             self.counts["audit_repairs"] += 1
-
-    def _say_status(self) -> None:
-        now = time.monotonic()
-        if now - self.status_at < STATUS_EVERY:
-            return
-        self.status_at = now
-        self.channel.send(self.status())
-
-    def status(self) -> wire.Status:
-        """The books as they are."""
-        on_board = [s for s in self.sequences.values() if s.row is not None]
-        ledger = self.accounts.ledger
-        transient = ledger.balance(Account.TRANSIENT)
-        floor = ledger.held - ledger.balance(Account.POOL)
-        others = sum(self.accounts.rows[s.id].size for s in on_board)
-        oldest = min(on_board, key=lambda s: s.arrival, default=None)
-        least = floor - others + (self.accounts.rows[oldest.id].size if oldest else 0)
-        return wire.Status(
-            accounts=ledger.statement(),
-            budget=ledger.budget,
-            floor=floor,
-            least=least
-            + (0 if transient else self.facts.transient.decode([oldest.capacity] if oldest else [])),
-            active=int(mx.get_active_memory()),
-            pooled=int(mx.get_cache_memory()),
-            running=len(on_board),
-            waiting=len(self.sequences) - len(on_board),
-            counts=dict(self.counts),
-            decided_by=self.decided_by,
-            seconds_per_prefill_id=self.facts.seconds_per_prefill_id,
-        )
-
-    def _synchronise(self) -> None:
-        """Collect the errors that MLX still holds back, then hand freed memory back."""
-        for _ in range(16):
-            try:
-                mx.synchronize()
-                break
-            except RuntimeError:
-                continue
-        gc.collect()
-        mx.clear_cache()

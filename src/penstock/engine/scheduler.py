@@ -20,7 +20,6 @@ from penstock.engine.sequence import Sequence
 from penstock.memory.costs import CHUNK_FLOOR, Costs, grown
 from penstock.memory.predict import Transient
 
-
 LONE_CHUNK = 2.0
 """Seconds that a chunk may take while nobody streams: a cancel waits for it, and so does a new request."""
 

@@ -1,0 +1,81 @@
+"""A step on its way: what was launched, how its inputs are put together, and how it is read.
+
+Owns no state of the engine; the loop holds at most one `InFlight`. Invariant: nothing here waits for the
+device but `lists` and `collect_errors`, which are how the loop waits.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from penstock.engine.sampler import Sampled
+from penstock.engine.scheduler import Chunk
+from penstock.engine.sequence import Sequence
+from penstock.memory.ledger import Lease
+
+
+@dataclass(slots=True)
+class InFlight:
+    """A launched step: its decode rows and their draws (B,), and the prefill arrays to be waited for."""
+
+    rows: tuple[Sequence, ...]
+    draws: Sampled | None
+    chunk: Chunk | None
+    chunk_arrays: Any
+    lease: Lease
+    launched_at: float
+    lasting: int
+    """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
+    orphans: int
+    """Closed rows' states in the stack that it replaced: they are there until it has run."""
+
+
+def members(step: InFlight | None) -> tuple[Sequence, ...]:
+    """All sequences whose rows a step computes."""
+    if step is None:
+        return ()
+    return step.rows if step.chunk is None else (*step.rows, step.chunk.sequence)
+
+
+def inputs(rows: tuple[Sequence, ...], before: InFlight | None) -> mx.array:
+    """Each row's next input id, (B,) int32: a draw of `before` where the host does not know it yet."""
+    if before is None or before.draws is None or not any(s.input_on_device for s in rows):
+        return mx.array([s.tokens[s.launched] for s in rows], dtype=mx.int32)
+    if rows == before.rows:
+        return before.draws.tokens
+    place = {s.id: i for i, s in enumerate(before.rows)}
+    known = [0 if s.input_on_device else s.tokens[s.launched] for s in rows]
+    index = [place[s.id] if s.input_on_device else len(before.rows) + i for i, s in enumerate(rows)]
+    return mx.concatenate([before.draws.tokens, mx.array(known, dtype=mx.int32)])[mx.array(index)]
+
+
+def lists(draws: Sampled) -> tuple[list[int], list[float] | None, list[list[tuple[int, float]]] | None]:
+    """Draws on the host: ids, their log-probabilities, each row's likeliest (id, log-probability)."""
+    tokens: Any = draws.tokens.tolist()
+    logprobs: Any = None if draws.logprobs is None else draws.logprobs.tolist()
+    if draws.top_ids is None or draws.top_logprobs is None:
+        return tokens, logprobs, None
+    ids: Any = draws.top_ids.tolist()
+    values: Any = draws.top_logprobs.tolist()
+    return tokens, logprobs, [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+
+
+def check() -> None:
+    """Launch next to nothing: launching is where MLX reports what failed before, if reading did not raise."""
+    mx.async_eval(mx.array(0) + 1)  # type: ignore[no-untyped-call]
+
+
+def collect_errors() -> None:
+    """Take the errors that MLX still holds back, then hand freed memory back."""
+    for _ in range(16):
+        try:
+            mx.synchronize()
+            break
+        except RuntimeError:
+            continue
+    gc.collect()
+    mx.clear_cache()
