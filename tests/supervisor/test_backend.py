@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import signal
 import sys
@@ -12,51 +11,13 @@ import time
 
 import pytest
 from tests.support import scripted_engine
+from tests.support.serving_backend import OPTIONS, die, play, until
 from tests.support.tickets import hear, job, run
 
-from penstock import wire
 from penstock.errors import Kind, PenstockError
 from penstock.supervisor.backend import Backend, Done, Finished
 from penstock.supervisor.channel import FrontChannel
 from penstock.supervisor.machine import HangLimits, Policy
-
-OPTIONS = wire.EngineOptions("scripted")
-FAST = Policy(backoff=0.01, exit_grace=5.0)
-
-
-@contextlib.asynccontextmanager
-async def serving(script=None, *, drain=0.0, **fields):
-    """A started backend whose engine plays `script`; stopped and audited at the end."""
-    fields.setdefault("policy", FAST)
-    fields.setdefault("command", scripted_engine.COMMAND)
-    backend = Backend(environment=scripted_engine.environment(script or {}), **fields)
-    backend.start(OPTIONS)
-    try:
-        yield backend
-    finally:
-        await backend.stop(drain)
-        snapshot = backend.snapshot()
-        assert (snapshot["open"], snapshot["ending"], snapshot["engine"]) == (0, 0, None)
-        assert snapshot["journal_bytes"] == 0
-        with pytest.raises(ChildProcessError):
-            os.waitpid(-1, os.WNOHANG)
-
-
-async def until(condition):
-    while not condition():
-        await asyncio.sleep(0.01)
-
-
-def play(main, script=None, **fields):
-    async def inner():
-        async with serving(script, **fields) as backend:
-            return await main(backend)
-
-    return run(inner())
-
-
-def die(at, n=1, do="SIGKILL", **fields):
-    return {"faults": [{"epoch": 1, "at": at, "n": n, "do": do, **fields}]}
 
 
 def test_jobs_opened_before_it_is_ready_are_served():
@@ -373,56 +334,6 @@ def test_an_engine_that_dies_right_after_ready_halts_and_says_its_traceback_once
 
     play(main, {"faults": [{"at": "message", "n": 1, "do": "raise"}]})
     assert caplog.text.count("RuntimeError: a scripted failure") == 1
-
-
-def test_stop_lets_open_jobs_end_and_admits_none():
-    async def main(backend):
-        opened = backend.open(job(range(30)))
-        await backend.wait_ready()
-        stopping = asyncio.create_task(backend.stop(20.0))
-        await asyncio.sleep(0)
-        assert backend.state == "stopping"
-        with pytest.raises(PenstockError) as caught:
-            backend.open(job([1]))
-        assert caught.value.kind is Kind.SHUTTING_DOWN
-        assert (await hear(opened)).ids == {0: list(range(30))}
-        await stopping
-
-    play(main, {"token_seconds": 0.002})
-
-
-def test_stop_fails_what_outlasts_the_drain():
-    async def main(backend):
-        opened = backend.open(job(range(1000)))
-        await backend.wait_ready()
-        await backend.stop(0.1)
-        with pytest.raises(PenstockError) as caught:
-            await hear(opened)
-        assert caught.value.kind is Kind.SHUTTING_DOWN
-
-    play(main, {"token_seconds": 0.05})
-
-
-def test_stop_wakes_those_who_wait_for_a_load():
-    async def main(backend):
-        waiting = asyncio.create_task(backend.wait_ready())
-        await asyncio.sleep(0.05)
-        await backend.stop(0.0)
-        with pytest.raises(PenstockError):
-            await waiting
-
-    play(main, {"load_seconds": 60.0}, policy=Policy(exit_grace=60.0))
-
-
-def test_stop_kills_an_engine_that_does_not_exit():
-    async def main(backend):
-        opened = backend.open(job([1]))
-        await backend.wait_ready()
-        await backend.stop(0.2)
-        with pytest.raises(PenstockError):
-            await hear(opened)
-
-    play(main, die("prefill", 1, "hang"), policy=Policy(exit_grace=0.2))
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
