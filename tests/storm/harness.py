@@ -19,6 +19,7 @@ from tests.support.engine_loop import EngineLoop
 
 from penstock import wire
 from penstock.engine import calibrate, sequence
+from penstock.memory.audit import TOLERANCE
 from penstock.memory.costs import Fit
 from penstock.memory.ledger import Account
 from penstock.memory.predict import Transient
@@ -57,6 +58,8 @@ class Launch:
     budget: int
     alone: bool
     active: int
+    lasting: int
+    """Under lease beside the pool and transients."""
 
 
 @dataclass
@@ -190,7 +193,12 @@ class Storm:
         if waiting and len(on_board) < loop.facts.decode_concurrency:
             self.record.in_use.append((ledger.held + plan.transient) / ledger.budget)
         return Launch(
-            " + ".join(parts), plan.transient, ledger.budget, len(on_board) == 1, int(mx.get_active_memory())
+            " + ".join(parts),
+            plan.transient,
+            ledger.budget,
+            len(on_board) == 1,
+            int(mx.get_active_memory()),
+            self.engine.accounts.lasting,
         )
 
     def _compare(self, peak: int) -> None:
@@ -202,17 +210,26 @@ class Storm:
         self.record.steps += 1
         step = self.launches.pop(0)
         if not self.engine.loop.pipelined:
-            measured = max(0, peak - max(step.active, int(mx.get_active_memory())))
+            active = int(mx.get_active_memory())
+            lasting = self.engine.accounts.lasting
+            assert active <= lasting + TOLERANCE, "something lasts that is not leased"
+            leased = max(step.lasting, lasting) + step.predicted + TOLERANCE
+            assert peak <= leased * self.bound, "the step held more than was leased"
+            measured = max(0, peak - max(step.active, active))
             self.record.ratios[step.kind].append((measured / max(1, step.predicted), measured))
 
     # -- traffic -------------------------------------------------------------------------------------
 
-    def run(self, steps: int) -> Record:
-        """Traffic until that many steps were computed, then everything is ended."""
+    def run(self, steps: int, *, traffic: bool = True) -> Record:
+        """Traffic until that many steps were computed, then everything is ended.
+
+        Without `traffic` only what was submitted before, to its end or to that many steps.
+        """
         first_room, sequence.FIRST_ROOM = sequence.FIRST_ROOM, 32  # rows grow early, and often
         try:
-            while self.record.steps < steps:
-                self._disturb()
+            while self.record.steps < steps and (traffic or self._open()):
+                if traffic:
+                    self._disturb()
                 self.engine.turn()
             self._budget(self.ceiling)
             for id_ in list(self.engine.loop.sequences):
@@ -225,6 +242,9 @@ class Storm:
         finally:
             sequence.FIRST_ROOM = first_room
             mx.set_cache_limit(PLENTY)
+
+    def _open(self) -> bool:
+        return bool(self.engine.channel.inbox or self.engine.loop.sequences)
 
     def _disturb(self) -> None:
         draw = self.random.random

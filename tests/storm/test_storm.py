@@ -8,6 +8,8 @@ from dataclasses import replace
 import pytest
 from tests.storm.harness import SHAPES, Record, Storm
 
+from penstock.engine.accounts import Accounts
+from penstock.memory.costs import Costs
 from penstock.memory.predict import Scalars, Transient
 
 
@@ -48,6 +50,40 @@ def test_a_short_storm_over_a_hybrid(pipelined: bool) -> None:
     show("qwen3_5", record)
     assert record.largest_share >= 0.2
     assert pipelined or record.worst() <= 1.0
+
+
+def grow(storm: Storm) -> float:
+    """Long rows that outgrow their room again and again: the worst ratio of the steps that grew one."""
+    for length in (3_000, 700):
+        storm.engine.submit([5 + i % 99 for i in range(length)], max_tokens=60)
+    storm.run(70, traffic=False)
+    return max(r for kind, all_ in storm.record.ratios.items() if "growth" in kind for r, _ in all_)
+
+
+def test_growth_is_leased_and_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert grow(Storm("qwen3", share=4.0, pipelined=False, longest=512)) <= 1.0
+    monkeypatch.setattr(Costs, "moving", lambda self, old: 0)
+    forgetful = Storm("qwen3", share=4.0, pipelined=False, longest=512)
+    forgetful.bound = 10.0
+    assert grow(forgetful) > 1.0
+
+
+def leave(storm: Storm) -> None:
+    """Rows with large states that end together, and one that decodes on."""
+    for count in (40, 20, 19, 18, 17, 16, 15):  # they begin one step after the other
+        storm.engine.submit([5] * 8, max_tokens=count)
+    storm.run(60, traffic=False)
+
+
+def test_states_of_rows_that_left_are_leased_and_would_be_missed(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide = {"linear_num_value_heads": 8, "linear_key_head_dim": 128, "linear_value_head_dim": 128}
+    monkeypatch.setitem(SHAPES, "qwen3_5", {**SHAPES["qwen3_5"], **wide})
+    leave(Storm("qwen3_5", share=4.0, pipelined=False, longest=64))
+    monkeypatch.setattr(
+        Accounts, "keep_states", lambda self, orphans: self.ledger.correct(self._states, 0, 0)
+    )
+    with pytest.raises(AssertionError, match="more than was leased"):
+        leave(Storm("qwen3_5", share=4.0, pipelined=False, longest=64))
 
 
 @pytest.mark.storm

@@ -18,6 +18,7 @@ from mlx_lm.models.cache import RotatingKVCache
 from msgspec.structs import replace
 
 from penstock.engine.batch import Runner
+from penstock.engine.gated_delta import THRESHOLD
 from penstock.engine.rows import Row
 from penstock.engine.sampler import SamplingBatch, sample
 from penstock.memory.costs import CHUNK_FLOOR, Costs
@@ -217,8 +218,8 @@ class _Bench:
 
 
 def _lengths(longest: int) -> list[int]:
-    """Chunk lengths to measure: doubling, and the longest."""
-    lengths = [n for n in (16, 64, *(128 << i for i in range(20))) if n < longest]
+    """Chunk lengths to measure: doubling, both sides of where recurrent layers change, the longest."""
+    lengths = [n for n in (4, THRESHOLD - 1, THRESHOLD, 64, *(128 << i for i in range(20))) if n < longest]
     return [*lengths, longest]
 
 
