@@ -25,6 +25,7 @@ from penstock.engine.scheduler import (
     schedule,
 )
 from penstock.engine.sequence import Sequence
+from penstock.guilt import Accusation
 from penstock.memory.costs import CHUNK_FLOOR, Costs, Fit
 from penstock.memory.predict import Scalars, Transient
 from penstock.wire import Sampling, Submit
@@ -301,3 +302,22 @@ def test_the_least_left_is_chosen_until_the_oldest_was_passed_over() -> None:
     assert choose_prompt([old, new]) is new
     old.passed_over = 1
     assert choose_prompt([old, new]) is old
+
+
+def test_suspects_run_one_at_a_time_alone_and_the_others_by_turns() -> None:
+    suspects = [board(sequence(id_, 20)) for id_ in (1, 2)]
+    others = [board(sequence(id_, 20)) for id_ in (3, 4)]
+    for row in (*suspects, *others):
+        row.launched = row.computed = 19
+    for row in suspects:
+        row.accusation = Accusation((19, 20), apart=True)
+    rows = [*suspects, *others]
+    plans = [schedule(rows, replace(FACTS, apart=apart), PLENTY) for apart in (True, False)]
+    assert [plan.decode for plan in plans if isinstance(plan, Plan)] == [(suspects[0],), tuple(others)]
+    alone = schedule(suspects, FACTS, PLENTY)
+    assert isinstance(alone, Plan)
+    assert alone.decode == (suspects[0],), "nobody else is there to take a turn"
+    suspects[0].computed = suspects[0].launched = 20
+    plan = schedule(rows, replace(FACTS, apart=True), PLENTY)
+    assert isinstance(plan, Plan)
+    assert plan.decode == (suspects[1],), "who has passed runs with the others"
