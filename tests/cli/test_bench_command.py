@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 
 from penstock import cli
-from penstock.traffic.profiles import from_lines, issue1390
+from penstock.traffic.profiles import issue1390, to_lines
 
 
 def test_a_profile_can_be_looked_at(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "--events", "--scale", "0.05", "--sessions", "2", "--seed", "3"]) == 0
-    assert from_lines(capsys.readouterr().out) == issue1390(3, 0.05, 2)
+    assert capsys.readouterr().out == to_lines(issue1390(3, 0.05, 2))
 
 
 @pytest.mark.parametrize("flags", [["--url", "ftp://x/v1"], ["--url", "nonsense"], ["--scale", "0"]])

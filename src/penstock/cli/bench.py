@@ -50,7 +50,7 @@ def run(asked: argparse.Namespace) -> int:
     if asked.events:
         sys.stdout.write(to_lines(events))
         return 0
-    figures, records = asyncio.run(_play(asked, events, address.hostname, address.port))
+    figures, records = asyncio.run(_play(asked, events))
     if asked.json:
         asked.json.write_text(json.dumps({"summary": figures, "records": records}, indent=1))
     from penstock.traffic.report import table
@@ -59,22 +59,23 @@ def run(asked: argparse.Namespace) -> int:
     return 1 if figures["lost"] else 0
 
 
-async def _play(
-    asked: argparse.Namespace, events: Any, host: str, port: int | None
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+async def _play(asked: argparse.Namespace, events: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     from dataclasses import asdict
 
     from penstock import platform
     from penstock.traffic.client import Player
     from penstock.traffic.report import summary
-    from penstock.traffic.watch import Watch
+    from penstock.traffic.watch import peak_of
 
-    local = host in ("127.0.0.1", "localhost", "::1") and port is not None
-    holder = platform.port_holder(port) if local and port is not None else None
+    address = urlsplit(asked.url)
+    local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
+    holder = platform.port_holder(address.port or 0) if local else None
     player = Player(asked.url.rstrip("/"), asked.model, os.environ.get("OPENAI_API_KEY"))
     await player.fit_words()
-    began = time.monotonic()
-    with Watch(holder.pid if holder else None) as watch:
-        records = await player.play(events)
-    figures = summary(records, time.monotonic() - began, watch.peak)
+    began, over = time.monotonic(), asyncio.Event()
+    watching = asyncio.create_task(peak_of(holder.pid, over)) if holder else None
+    records = await player.play(events)
+    over.set()
+    peak = await watching if watching else None
+    figures = summary(records, time.monotonic() - began, peak or None)
     return figures, [{**asdict(record), "text": len(record.text)} for record in records]

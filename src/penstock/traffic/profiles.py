@@ -95,10 +95,5 @@ def to_lines(events: Iterable[Event]) -> str:
     return "".join(json.dumps(asdict(event)) + "\n" for event in events)
 
 
-def from_lines(text: str) -> list[Event]:
-    """The events of `to_lines`. Raises ValueError or TypeError for anything else."""
-    return [Event(**json.loads(line)) for line in text.splitlines() if line.strip()]
-
-
 def _scaled(length: float, scale: float) -> int:
     return max(1, round(length * scale))

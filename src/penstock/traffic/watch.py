@@ -6,10 +6,10 @@ Metal's buffers in it), added up ten times a second. Processes of other machines
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,35 +18,14 @@ from penstock.memory.probe import system_probe
 INTERVAL = 0.1
 
 
-class Watch:
-    """`with Watch(pid) as watch: …` and then `watch.peak` in bytes; None where nothing was to be seen."""
-
-    def __init__(self, pid: int | None) -> None:
-        self.peak: int | None = None
-        self._pid = pid
-        self._probe = system_probe({})
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._look, daemon=True)
-
-    def __enter__(self) -> Watch:
-        if self._pid is not None:
-            self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._stop.set()
-        if self._pid is not None:
-            self._thread.join()
-
-    def _look(self) -> None:
-        assert self._pid is not None
-        while True:
-            found = [self._probe.read(pid).footprint for pid in (self._pid, *below(self._pid))]
-            held = sum(size for size in found if size)
-            if held:
-                self.peak = max(self.peak or 0, held)
-            if self._stop.wait(INTERVAL):
-                return
+async def peak_of(pid: int, over: asyncio.Event) -> int:
+    """The most bytes that `pid` and its descendants held until `over` is set; 0 if none could be seen."""
+    probe, peak = system_probe({}), 0
+    while not over.is_set():
+        peak = max(peak, sum(probe.read(each).footprint or 0 for each in (pid, *below(pid))))
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(over.wait(), INTERVAL)
+    return peak
 
 
 def below(pid: int) -> Iterator[int]:

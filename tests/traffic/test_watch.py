@@ -1,0 +1,46 @@
+"""The peak of a local server's memory: its children count."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+
+from penstock.traffic.watch import below, peak_of
+
+GRANDCHILD = "b = bytearray(60_000_000); print('held', flush=True); import sys; sys.stdin.read()"
+CHILD = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {GRANDCHILD!r}])"
+
+
+def test_what_a_grandchild_holds_is_counted() -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as child:
+        assert child.stdout is not None
+        assert child.stdin is not None
+        assert child.stdout.readline() == "held\n"
+        assert child.pid in list(below(os.getpid()))
+        assert len(list(below(child.pid))) == 1
+
+        async def look() -> int:
+            over = asyncio.Event()
+            watching = asyncio.create_task(peak_of(child.pid, over))
+            await asyncio.sleep(0)
+            over.set()
+            return await watching
+
+        assert asyncio.run(look()) > 60_000_000
+        child.stdin.close()
+
+
+def test_a_process_that_is_gone_held_nothing() -> None:
+    done = subprocess.Popen([sys.executable, "-c", ""])
+    done.wait()
+
+    async def look() -> int:
+        over = asyncio.Event()
+        asyncio.get_running_loop().call_soon(over.set)
+        return await peak_of(done.pid, over)
+
+    assert asyncio.run(look()) == 0
