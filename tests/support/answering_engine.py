@@ -157,7 +157,7 @@ class Engine:
                 del self.rows[id]
                 self.note("finished", id, reason=reason, sent=row.sent)
         if rows or prefill or ended:
-            self.channel.send(wire.Step(rows, prefill, ended))
+            self.channel.send(wire.Step(rows=rows, prefill=prefill, ended=ended))
             self.page.step_done()
         self.page.beat()
 
