@@ -9,7 +9,6 @@ import argparse
 import json
 import os
 import sys
-import time
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -37,10 +36,10 @@ def add(commands: Any) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Play the profile and print what came of it."""
-    import asyncio
-
     from penstock.traffic.profiles import PROFILES as MAKERS
     from penstock.traffic.profiles import to_lines
+    from penstock.traffic.report import table
+    from penstock.traffic.watch import run_watched
 
     address = urlsplit(asked.url)
     if address.scheme not in ("http", "https") or not address.hostname or asked.scale <= 0:
@@ -50,32 +49,10 @@ def run(asked: argparse.Namespace) -> int:
     if asked.events:
         sys.stdout.write(to_lines(events))
         return 0
-    figures, records = asyncio.run(_play(asked, events))
+    figures, records = run_watched(
+        asked.url.rstrip("/"), asked.model, os.environ.get("OPENAI_API_KEY"), events
+    )
     if asked.json:
         asked.json.write_text(json.dumps({"summary": figures, "records": records}, indent=1))
-    from penstock.traffic.report import table
-
     print(table(figures))
     return 1 if figures["lost"] else 0
-
-
-async def _play(asked: argparse.Namespace, events: Any) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    from dataclasses import asdict
-
-    from penstock import platform
-    from penstock.traffic.client import Player
-    from penstock.traffic.report import summary
-    from penstock.traffic.watch import peak_of
-
-    address = urlsplit(asked.url)
-    local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
-    holder = platform.port_holder(address.port or 0) if local else None
-    player = Player(asked.url.rstrip("/"), asked.model, os.environ.get("OPENAI_API_KEY"))
-    await player.fit_words()
-    began, over = time.monotonic(), asyncio.Event()
-    watching = asyncio.create_task(peak_of(holder.pid, over)) if holder else None
-    records = await player.play(events)
-    over.set()
-    peak = await watching if watching else None
-    figures = summary(records, time.monotonic() - began, peak or None)
-    return figures, [{**asdict(record), "text": len(record.text)} for record in records]

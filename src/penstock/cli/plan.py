@@ -50,8 +50,8 @@ def run(asked: argparse.Namespace) -> int:
             raise ValueError(sentence)
         mac = parse_size(asked.memory) if asked.memory else None
         limit = parse_size(asked.memory_limit, whole=physical_memory()) if asked.memory_limit else None
-        with _described(asked.model, asked.trust_remote_code) as question:
-            found = _ask(question, mac, limit)
+        with _described(asked.model, asked.trust_remote_code) as (path, tensors):
+            found = _ask(asked, path, tensors, mac, limit)
     except (models.ModelProblem, ValueError, OSError) as problem:
         print(f"penstock: {problem}", file=sys.stderr)
         return getattr(problem, "exit_code", 2)
@@ -60,69 +60,60 @@ def run(asked: argparse.Namespace) -> int:
 
 
 @contextmanager
-def _described(model: str, trusted: bool) -> Iterator[dict[str, Any]]:
-    """What `engine.describe` needs to know of the model, from its directory or from the hub."""
-    from penstock import models, weights
+def _described(model: str, trusted: bool) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+    """The directory with the model's config, and its tensors' headers if its weights are on the hub alone."""
+    from penstock import models
 
     here = models.precheck(model, trust_remote_code=trusted)
-    common = {"trust_remote_code": trusted, "model": model}
     if here is not None:
-        yield {**common, "model_path": str(here)}
+        yield here, None
         return
     with tempfile.TemporaryDirectory(prefix="penstock-plan-") as folder:
-        tensors = models.describe_remote(model, Path(folder))
-        sizes = {
-            "weights": weights.resident(tensors, widened=False),
-            "widened": weights.resident(tensors, widened=True),
-        }
-        yield {**common, "model_path": folder, **sizes, "dtype": weights.main_dtype(tensors)}
+        yield Path(folder), models.describe_remote(model, Path(folder))
 
 
-def _ask(question: dict[str, Any], mac: int | None, limit: int | None) -> dict[str, Any]:
+def _ask(
+    asked: argparse.Namespace, path: Path, tensors: dict[str, Any] | None, mac: int | None, limit: int | None
+) -> dict[str, Any]:
     """The figures, from a process of its own that builds the model without its weights."""
-    from penstock import platform
+    from penstock import platform, weights
     from penstock.config import Options
     from penstock.memory.estimate import working_set
     from penstock.memory.probe import Machine, system_probe
     from penstock.supervisor.budget import ceiling
 
     command = [sys.executable, "-m", "penstock.engine.describe"]
-    with subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env=platform.engine_environment(os.environ),
-        text=True,
-    ) as process:
+    environment, pipe = platform.engine_environment(os.environ), subprocess.PIPE
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as process:
         assert process.stdout is not None
         device = json.loads(process.stdout.readline() or "{}")
         if not device:
             raise ValueError("the engine could not be started; its messages are above.")
         if mac is not None:
-            top = ceiling(Machine(physical=mac), device=working_set(mac), asked=limit, used=0)
+            device |= {"backend": "metal", "name": f"a Mac with {mac / 1e9:g} GB", "used": 0}
+            machine = Machine(physical=mac, device=working_set(mac))
         else:
             machine = system_probe().machine()
-            top = ceiling(machine, device=machine.device or device["limit"], asked=limit, used=device["used"])
-        backend = "metal" if mac is not None else device["backend"]
+        top = ceiling(machine, device=machine.device or device["limit"], asked=limit, used=device["used"])
         options = Options()
-        model = question.pop("model")
-        widened = question.pop("widened", None)
-        if backend == "cpu" and widened is not None:
-            question["weights"] = widened
-        told = {
-            **question,
+        question = {
+            "model_path": str(path),
+            "trust_remote_code": asked.trust_remote_code,
             "ceiling": top.size,
-            "backend": backend,
+            "backend": device["backend"],
             "here": mac is None,
             "decode_concurrency": options.decode_concurrency,
             "prefill_step_size": options.prefill_step_size,
         }
-        answer, _ = process.communicate(json.dumps(told) + "\n", timeout=SECONDS)
+        if tensors is not None:
+            size = weights.resident(tensors, widened=device["backend"] == "cpu")
+            question |= {"weights": size, "dtype": weights.main_dtype(tensors)}
+        answer, _ = process.communicate(json.dumps(question) + "\n", timeout=SECONDS)
     found = json.loads(answer or "{}")
     if "fits" not in found:
         raise ValueError(found.get("problem", "the model could not be built; the messages are above."))
-    name = f"a Mac with {mac / 1e9:g} GB" if mac is not None else f"this machine ({device['name']})"
-    return {"model": model, "machine": name, "backend": backend, "decided_by": top.decided_by, **found}
+    facts = {"machine": device["name"], "backend": device["backend"], "decided_by": top.decided_by}
+    return {"model": asked.model, **facts, **found}
 
 
 def table(found: dict[str, Any]) -> str:

@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
-from penstock.traffic.http import Broken, Head, post
+from penstock.traffic.http import Answer, Broken, Head, post
 from penstock.traffic.profiles import SYSTEM, Event, words
 
 BUSY_TRIES = 20
@@ -119,7 +119,7 @@ class Player:
         if leaves and event.leave_in_prefill is not None:
             size = sum(len(message["content"]) / 3 for message in messages) / self.words_per_token
             patience = event.leave_in_prefill * size * self._seconds_per_token
-        answer = cast(AsyncGenerator[Head | bytes], post(self.url + "/chat/completions", body, headers))
+        answer = post(self.url + "/chat/completions", body, headers)
         try:
             async with asyncio.timeout(patience):
                 await self._take(answer, record, event, began, leaves, stream)
@@ -137,13 +137,7 @@ class Player:
         return record
 
     async def _take(
-        self,
-        answer: AsyncIterator[Head | bytes],
-        record: Record,
-        event: Event,
-        began: float,
-        leaves: bool,
-        stream: bool,
+        self, answer: Answer, record: Record, event: Event, began: float, leaves: bool, stream: bool
     ) -> None:
         head = await anext(answer)
         assert isinstance(head, Head)
@@ -182,7 +176,7 @@ class Player:
         return round(tokens * self.words_per_token)
 
 
-async def _events(answer: AsyncIterator[Head | bytes]) -> AsyncIterator[dict[str, Any]]:
+async def _events(answer: Answer) -> AsyncIterator[dict[str, Any]]:
     """The JSON payloads of a server-sent event stream; comments and [DONE] left out."""
     held = b""
     async for piece in answer:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 from urllib.parse import urlsplit
@@ -29,7 +29,10 @@ class Head:
     headers: Mapping[str, str]
 
 
-async def post(url: str, body: Any, headers: Mapping[str, str]) -> AsyncIterator[Head | bytes]:
+Answer = AsyncGenerator[Head | bytes, None]
+
+
+async def post(url: str, body: Any, headers: Mapping[str, str]) -> Answer:
     """The answer's head, then its body as it comes. Raises OSError, Broken."""
     parts = urlsplit(url)
     secure = parts.scheme == "https"

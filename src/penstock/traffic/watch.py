@@ -1,7 +1,7 @@
-"""How much memory a local server holds at most while traffic runs: its process and all below it.
+"""A run of traffic against one server, and how much memory that holds at most if it runs here.
 
-What the system charges to each process (Linux: resident and swapped pages; macOS: the footprint, which has
-Metal's buffers in it), added up ten times a second. Processes of other machines are not known here.
+Its process and all below it: what the system charges to each (Linux: resident and swapped pages; macOS: the
+footprint, which has Metal's buffers in it), added up ten times a second. Servers elsewhere are not watched.
 """
 
 from __future__ import annotations
@@ -10,12 +10,43 @@ import asyncio
 import contextlib
 import subprocess
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
 
+from penstock import platform
 from penstock.memory.probe import system_probe
+from penstock.traffic.client import Player
+from penstock.traffic.profiles import Event
+from penstock.traffic.report import summary
 
 INTERVAL = 0.1
+
+
+def run_watched(
+    url: str, model: str, key: str | None, events: Sequence[Event]
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """Play `events` against the server at `url`: the run's figures, and its records."""
+
+    async def run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        address, over = urlsplit(url), asyncio.Event()
+        local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
+        holder = platform.port_holder(address.port or 0) if local else None
+        player = Player(url, model, key)
+        await player.fit_words()
+        began = time.monotonic()
+        watching = asyncio.create_task(peak_of(holder.pid, over)) if holder else None
+        records = await player.play(events)
+        seconds = time.monotonic() - began
+        over.set()
+        peak = await watching if watching else 0
+        shown = [{**asdict(record), "text": len(record.text)} for record in records]
+        return summary(records, seconds, peak or None), shown
+
+    return asyncio.run(run())
 
 
 async def peak_of(pid: int, over: asyncio.Event) -> int:
