@@ -253,8 +253,8 @@ class Storm:
             self._submit()
         if alive and draw() < 0.01:
             self.engine.end(self.random.choice(alive).id)
-        if draw() < 0.03:
-            least = self.weights + int(0.3 * self.alone)
+        if draw() < 0.05:
+            least = self.weights + int(0.15 * self.alone)
             self._budget(self.ceiling if draw() < 0.7 else self.random.randint(least, self.ceiling))
 
     def _budget(self, size: int) -> None:
@@ -263,6 +263,8 @@ class Storm:
     def _submit(self) -> None:
         rng = self.random
         length = min(CONTEXT - 60, int(16 * 2 ** (9.2 * rng.random() ** 1.5)))
+        if self.engine.next_id % 16 == 3:
+            length = CONTEXT - 60
         shared = rng.choice([0, 0, length // 2, 3 * length // 4])
         ids = [7 + i % 1000 for i in range(shared)] + rng.choices(range(1, 2000), k=length - shared)
         hot = rng.choice(SETTINGS)

@@ -46,7 +46,7 @@ def test_no_step_holds_more_than_was_predicted_for_it(name: str) -> None:
 
 @pytest.mark.parametrize("pipelined", [True, False])
 def test_a_short_storm_over_a_hybrid(pipelined: bool) -> None:
-    record = Storm("qwen3_5", seed=2, share=1.1, pipelined=pipelined, cache=pipelined, longest=256).run(45)
+    record = Storm("qwen3_5", seed=2, share=1.1, pipelined=pipelined, cache=pipelined, longest=256).run(30)
     show("qwen3_5", record)
     assert record.largest_share >= 0.2
     assert pipelined or record.worst() <= 1.0
@@ -112,10 +112,11 @@ def test_half_the_scores_fails() -> None:
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
     """Equal requests, far more than fit: what is left over is less than one more of them."""
-    storm = Storm(name, seed=3, share=1.5)
-    storm.engine.loop.facts = replace(storm.engine.loop.facts, decode_concurrency=64)
-    for _ in range(40):
-        storm.engine.submit([storm.random.randrange(1, 2_000) for _ in range(900)], max_tokens=100)
+    storm = Storm(name, seed=3, share=0.5)
+    facts = storm.engine.loop.facts
+    storm.engine.loop.facts = replace(facts, decode_concurrency=64, prompt_concurrency=64)
+    for _ in range(60):
+        storm.engine.submit([storm.random.randrange(1, 2_000) for _ in range(600)], max_tokens=100)
     storm.engine.play()
     storm.engine.close()
     show(name, storm.record)

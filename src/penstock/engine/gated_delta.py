@@ -176,7 +176,7 @@ def _unit_lower_inverse(a: mx.array) -> mx.array:
     return inverse
 
 
-@functools.cache
+@functools.lru_cache(maxsize=8)  # one chunk length's, twice over: they would add up over all lengths
 def _block_mask(size: int, block: int) -> mx.array:
     """Ones where row and column lie in the same diagonal block, (size, size) float32."""
     index = mx.arange(size) // block
