@@ -17,7 +17,7 @@ from tests.support import scaled_models
 from penstock.engine import calibrate, profile
 from penstock.engine.batch import Runner
 from penstock.engine.calibrate import COSTLY, USUAL, Sample
-from penstock.memory.predict import Scalars, Transient
+from penstock.memory.predict import Scalars, Transient, with_margin
 from penstock.wire import Sampling
 
 QUICK = ("qwen3_5",)
@@ -111,7 +111,7 @@ def test_no_request_draws_with_more_than_what_was_measured(
 ) -> None:
     bench = calibrate._Bench(scaled_models.runner("qwen3_5"), WIDE, ROOM, lambda: None)
     asked = Sampling(**changes, **penalties)  # type: ignore[arg-type]
-    held = bench.draw(COSTLY if asked.xtc_probability else USUAL)
+    held = with_margin(max(bench.draw(COSTLY if asked.xtc_probability else USUAL) for _ in range(3)))
     assert bench.draw(asked) <= held
     assert bench.draw(replace(asked, temperature=0.0)) <= held
 

@@ -181,8 +181,11 @@ def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample]) -> Curve:
         by_length.setdefault(length, []).append((context, sample.peak))
     if not by_length:
         return curve
-    slopes = {c: _slope(curve.alone(c), sorted(points)) for c, points in sorted(by_length.items())}
-    per_key, per_score = _by_key_and_score(slopes)
+    measured = {sample.chunks[0][0]: sample.peak for sample in alone}
+    seen = {c: _slope(measured.get(c, curve.alone(c)), sorted(points)) for c, points in by_length.items()}
+    per_key, per_score = _by_key_and_score(
+        {c: slope for c, (slope, _) in seen.items()}, all(sure for _, sure in seen.values())
+    )
     hidden = min(
         (curve.alone(c) + (per_key + per_score * c) * k - peak) / c
         for c, points in by_length.items()
@@ -191,21 +194,21 @@ def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample]) -> Curve:
     return Curve(curve.lengths, curve.peaks, per_key, per_score, hidden)
 
 
-def _slope(alone: float, points: Sequence[tuple[int, int]]) -> float:
-    """Bytes that each further id of context adds, from (context, peak) at the two longest contexts."""
+def _slope(alone: float, points: Sequence[tuple[int, int]]) -> tuple[float, bool]:
+    """Bytes that each further id of context adds, from (context, peak) twice, and whether that is sure."""
     (near, low), (far, high) = points[-2:]
     if low > 1.05 * alone or (high <= 1.05 * alone and far >= FAR):
-        return max(0.0, (high - low) / (far - near))
+        return max(0.0, (high - low) / (far - near)), True
     # The scores are still hidden at `near`, or all the way. They can't exceed the whole peak.
-    return high / far
+    return high / far, False
 
 
-def _by_key_and_score(slopes: dict[int, float]) -> tuple[float, float]:
-    """Slopes by chunk length, as per_key + per_score · length."""
+def _by_key_and_score(slopes: dict[int, float], sure: bool) -> tuple[float, float]:
+    """Slopes by chunk length, as per_key + per_score · length; the worst per length where unsure."""
     steepest = max(slope / length for length, slope in slopes.items())
     (short, gentle), (long, steep) = min(slopes.items()), max(slopes.items())
-    if long == short or steep <= gentle:
-        return 0.0, steepest  # another kernel runs for long chunks: the worse counts for all
+    if not sure or long == short or steep <= gentle:
+        return 0.0, steepest  # another kernel may run for long chunks: the worse counts for all
     per_score = (steep - gentle) / (long - short)
     per_key = gentle - per_score * short
     return (per_key, per_score) if per_key >= 0 else (0.0, steepest)
