@@ -157,7 +157,8 @@ def test_several_choices(client: openai.OpenAI, server: ScriptedServer, stream: 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_stop_string_over_three_tokens(client: openai.OpenAI, server: ScriptedServer, stream: bool) -> None:
     # One id each: x A | B C | D E ... with step time, so that they also arrive in steps of their own.
-    server.rules({"when": "", "pieces": ["x", " ab", " cd", " ef", " gh"], "step": 0.02, "reason": "length"})
+    pieces = ["x", " ab", " cd", " ef", *[" gh"] * 500]  # it does not end by itself before it is told to
+    server.rules({"when": "", "pieces": pieces, "step": 0.02, "reason": "length"})
     stop = ["b cd e"]
     if stream:
         with chat(client, stop=stop, stream=True, stream_options={"include_usage": True}) as chunks:

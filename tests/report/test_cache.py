@@ -5,18 +5,24 @@ from __future__ import annotations
 from bench.models import prompt_text
 from tests.support.whole_server import Books, WholeServer, all_at_once
 
+MOST_SESSIONS = 60
+"""At 1,600 tokens and 32 KB a token, they hold about twice what the limit leaves."""
+
 
 def test_limits_its_cache_by_default(reported: WholeServer) -> None:
     """Sessions that together hold more than the memory: each is answered and stored, within the bound."""
     with Books(reported) as books:
-        for start in range(0, 24, 4):
+        for start in range(0, MOST_SESSIONS, 4):
             prompts = [prompt_text(1600, 500 + start + i) for i in range(4)]
             assert all(a.answered for a in all_at_once(lambda text: reported.ask(text, 2), prompts))
+            if reported.health()["memory"]["counts"].get("evict"):
+                break
+        else:
+            raise AssertionError("nothing had to go: the sessions do not fill the memory")
     health = reported.health()
     memory = health["memory"]
     assert 0 < memory["accounts"]["cached"] < memory["ceiling"]
     assert books.most_held <= books.ceiling
-    assert memory["counts"]["evict"] > 0, "24 × 1,600 tokens at 32 KB do not fit, so some had to go"
     assert health["engine_deaths"] == 0
     again = reported.ask(prompts[-1], 2)
     assert again.body["usage"]["prompt_tokens_details"]["cached_tokens"] > 1500
