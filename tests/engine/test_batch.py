@@ -265,23 +265,6 @@ def test_an_unknown_cache_class_means_serial_rows_and_they_are_right() -> None:
     assert max(request.difference for request in requests) <= TOLERANCE
 
 
-def test_truncate_takes_back_a_spare_token_where_it_can() -> None:
-    runner = Runner(tiny_models.build("qwen3"))
-    row, other = runner.open(16), runner.open(16)
-    mx.eval(runner.prefill(row, [1, 2, 3]))
-    inputs = mx.array([4, 4])
-    once = runner.decode([row, other], inputs)
-    mx.eval(once)
-    assert runner.truncate(row, 3)
-    assert mx.allclose(runner.decode([row], mx.array([4])), once[0], atol=1e-5)
-    hybrid = Runner(tiny_models.build("qwen3_5"))
-    row = hybrid.open(16)
-    mx.eval(hybrid.prefill(row, [1, 2, 3]))
-    assert not hybrid.truncate(row, 2)
-    assert row.length == 3
-    assert hybrid.truncate(row, 3)
-
-
 @pytest.mark.parametrize("count", [1, 3])
 def test_evaluated_logits_mean_evaluated_state(count: int) -> None:
     runner = Runner(tiny_models.build("qwen3_5"))

@@ -6,13 +6,13 @@ import random
 from collections.abc import Iterator
 
 import pytest
+from tests.support import tiny_models
+from tests.support.engine_loop import EngineLoop
 
 from penstock import wire
 from penstock.cache.nodes import below
 from penstock.engine.batch import Runner
 from penstock.memory.ledger import Account
-from tests.support import tiny_models
-from tests.support.engine_loop import EngineLoop
 
 NAMES = ["qwen3", "qwen3_5", "gemma3_text", "deepseek_v3"]
 SAMPLING = wire.Sampling(temperature=1.0, seed=3)

@@ -108,17 +108,6 @@ def test_lists_of_caches_are_owned_and_opened() -> None:
     assert unknown([CacheList(ChunkedKVCache(8))]) == "ChunkedKVCache"
 
 
-def test_a_wrapped_window_cannot_go_back() -> None:
-    row = Row([RotatingKVCache(4)], 0)
-    for length in range(1, 7):
-        row.leaves[0].update_and_fetch(chunk(1), chunk(1))
-        row.length = length
-        assert row.truncate(length - 1) is (length < 4)
-        if length < 4:
-            row.leaves[0].update_and_fetch(chunk(1), chunk(1))
-            row.length = length
-
-
 def with_states(value: float | None) -> Row:
     row = Row([ArraysCache(2), KVCache(), ArraysCache(1)], 0)
     if value is not None:

@@ -119,13 +119,6 @@ class Runner:
         states = [array for cache in caches for array in cache.cache if array is not None]
         return mx.depends(logits, states) if states else logits
 
-    def truncate(self, row: Row, length: int) -> bool:
-        """Forget positions from `length` on, where the caches allow it; else False, and nothing is changed.
-
-        Recurrent states and windows that have wrapped can't go back.
-        """
-        return row.truncate(length)
-
     def reserve(self, row: Row, capacity: int) -> None:
         """Give the row room for `capacity` positions now, layer by layer, evaluated."""
         row.reserve(capacity)

@@ -412,7 +412,7 @@ class Loop:
 
         Who is guilty fails alone; the rows that were not running go on as they are.
         """
-        log.error("a step failed, its rows are computed again: %s", error)
+        log.error("a step failed, its rows are computed again: %s", str(error))  # not its frames
         log.debug("where it failed", exc_info=True)
         memory = isinstance(error, MemoryError) or bool(MEMORY_WORDS.search(str(error)))
         self.counts["errors"] += 1

@@ -168,18 +168,6 @@ class Row:
                 cache.reserve(capacity)
                 mx.eval(_arrays(cache))
 
-    def truncate(self, length: int) -> bool:
-        """Forget positions from `length` on. False, and nothing done, where a cache can't (see `Runner`)."""
-        surplus = self.length - length
-        if surplus == 0:
-            return True
-        if not all(leaf.is_trimmable() for leaf in self.leaves):
-            return False
-        for leaf in self.leaves:
-            leaf.trim(surplus)
-        self.length = length
-        return True
-
     def unpin(self) -> None:
         """Let states and windows own their bytes and no more, lazily: a chunk leaves more of them alive.
 
