@@ -139,3 +139,18 @@ def test_a_row_is_written_in_place_after_it_was_read() -> None:
     grown = mx.get_peak_memory() - before
     assert grown < row.kv[0].nbytes // 2, "a layer's buffer was copied"
     runner.reset()
+
+
+def test_a_row_is_assembled_in_no_more_than_its_own_bytes() -> None:
+    """Whatever part of it comes from the cache: it was leased, and nothing else was."""
+    runner = Runner(tiny_models.build("qwen3"))
+    parts = segments(runner, prefilled(runner, 100), 100)
+    limit = mx.set_cache_limit(0)
+    for used in (parts[:1], parts):
+        row = runner.open(4000)
+        held = mx.get_active_memory()
+        mx.reset_peak_memory()
+        store.assemble(row, used)
+        assert mx.get_peak_memory() - held <= runner.row_bytes(row) + 16_384
+        runner.close(row)
+    mx.set_cache_limit(limit)

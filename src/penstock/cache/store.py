@@ -151,12 +151,15 @@ def _pieces(part: Part) -> list[mx.array]:
 
 
 def _joined(pieces: list[mx.array], room: int) -> mx.array:
-    """One buffer (1, heads, ids + room, width) that owns its bytes."""
+    """One buffer (1, heads, ids + room, width) of its own; written in place, so that nothing exists twice."""
     heads, _, width = pieces[0].shape
-    tail = [mx.zeros((heads, room, width), pieces[0].dtype)] if room else []
-    whole = pieces + tail
-    joined = mx.concatenate(whole, axis=1) if len(whole) > 1 else mx.contiguous(pieces[0])
-    return joined[None]
+    length = sum(piece.shape[1] for piece in pieces)
+    joined = mx.zeros((1, heads, length + room, width), pieces[0].dtype)
+    start = 0
+    for piece in pieces:
+        joined[0, :, start : start + piece.shape[1]] = piece
+        start += piece.shape[1]
+    return joined
 
 
 def _window(cache: RotatingKVCache) -> list[mx.array]:
