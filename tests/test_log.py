@@ -93,8 +93,8 @@ def test_libraries_say_nothing(stream: io.StringIO, capfd: pytest.CaptureFixture
 def test_our_own_faults_come_with_a_traceback(stream: io.StringIO) -> None:
     try:
         raise KeyError("k")
-    except KeyError:
-        log.bug("a test")
+    except KeyError as error:
+        log.bug("a test", error)
     assert "error: a fault in penstock: a test\nTraceback" in stream.getvalue()
 
 

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TextIO
 
+from penstock import demo
 from penstock.sizes import gigabytes
 
 _ADVICE_OFF = {
@@ -244,9 +245,9 @@ def _arm() -> None:
         _timer.start()
 
 
-def bug(what: str) -> None:
-    """Report the exception being handled, which only a fault of ours explains: with its traceback."""
-    logger.error(f"a fault in penstock: {what}", exc_info=True)
+def bug(what: str, error: BaseException) -> None:
+    """Report an exception that only a fault of ours explains: with its traceback."""
+    logger.error(f"a fault in penstock: {what}", exc_info=error)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -285,7 +286,7 @@ class Banner:
                 f"longest prompt {self.longest:,} tokens"
             )
         if self.demo:
-            said.append("demo model: 4M parameters, for trying the server, not for answers")
+            said.append(demo.BANNER)
         said.append(f"serving {url}/v1")
         return [*said, *pasteable(url, keyed=self.keyed)]
 

@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-DEMO = Path(__file__).parent / "demo" / "model"
+from penstock.demo import model_path
+
+DEMO = model_path()
 WEIGHTS = "model*.safetensors"
 PATTERNS = ("*.json", WEIGHTS, "*.txt", "*.jsonl", "*.jinja", "tokenizer.model", "*.tiktoken")
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)

@@ -5,7 +5,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.rows import GROWTH, Row, RowKV, StateStack, grown, unknown
+from penstock.engine.rows import Row, RowKV, StateStack, unknown
+from penstock.memory.costs import GROWTH, grown
 
 from mlx_lm.models.cache import (  # isort: skip - after our package, which makes this import light
     ArraysCache,

@@ -144,7 +144,7 @@ def known(error: Exception, request: str) -> PenstockError:
     """What the client is told about an exception; the log gets the traceback of those that are bugs."""
     if isinstance(error, PenstockError):
         return error
-    log.logger.error("a fault in penstock: request %s", request, exc_info=error)
+    log.bug(f"request {request}", error)
     return PenstockError(Kind.INTERNAL, f"Internal error; the server's log tells more of request {request}.")
 
 

@@ -124,6 +124,4 @@ class Accounts:
         return floor, least
 
     def _take(self, account: Account, size: int, buffers: int = 0) -> Lease:
-        lease = self.ledger.take(account, size, buffers, self.ceiling)
-        lease.committed = True
-        return lease
+        return self.ledger.take(account, size, buffers, self.ceiling)

@@ -21,7 +21,8 @@ import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
 from penstock.engine import seams
-from penstock.engine.rows import Leaf, Row, StateStack, grown, unknown
+from penstock.engine.rows import Leaf, Row, StateStack, unknown
+from penstock.memory.costs import grown
 
 
 class RaggedKV:

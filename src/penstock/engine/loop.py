@@ -133,8 +133,7 @@ class Loop:
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
-        status = self.reporter.due(self.sequences.values(), self.facts, self.counts)
-        if status is not None:
+        if status := self.reporter.due(self.sequences.values(), self.facts, self.counts):
             self.channel.send(status)
 
     def _read_first(self) -> bool:

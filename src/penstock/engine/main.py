@@ -22,7 +22,8 @@ from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
-from penstock.memory.costs import Fit
+from penstock.memory.costs import Costs, Fit
+from penstock.memory.predict import Transient
 from penstock.page import Page, Phase
 from penstock.pipe import EngineChannel, FrontGone, adopt
 from penstock.sizes import gigabytes
@@ -82,20 +83,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
     runner = Runner(loaded.model, mode=found.mode, reason=found.reason)
     costs = calibrate.costs_of(runner)
     room = budget.ceiling - facts.weights_bytes
-    key = profile.fingerprint(loaded.config, found.mode, options.prefill_step_size, room)
-    transient = profile.load(key)
-    if transient is None:
-        channel.send(wire.Loading("calibration"))
-        page.beat()
-        transient = calibrate.calibrate(
-            runner,
-            facts.vocab_size,
-            room=room,
-            context_length=facts.context_length,
-            longest=options.prefill_step_size,
-            beat=page.beat,
-        )
-        profile.save(key, transient)
+    transient = _transient(options, loaded, runner, room, channel, page)
     mx.clear_cache()
     held = max(facts.weights_bytes, int(mx.get_active_memory()))  # with constants that the model has made
     accounts = Accounts(budget.ceiling, held, costs, limits.set_pool, mx.set_memory_limit)
@@ -115,25 +103,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         )
     if options.hard_memory_limit:
         limits.fence(budget.ceiling)
-    channel.send(
-        wire.Ready(
-            model_type=facts.model_type,
-            context_length=facts.context_length,
-            eos_ids=sorted(facts.eos_ids),
-            vocab_size=facts.vocab_size,
-            backend=device.backend(),
-            device=device.name(),
-            batch_mode=found.mode,
-            batch_reason=found.reason,
-            weights_bytes=facts.weights_bytes,
-            kv_bytes_per_token=costs.kv_per_token,
-            state_bytes=costs.fixed,
-            versions={name: version(name) for name in ("mlx", "mlx-lm")},
-            longest=longest,
-            ceiling=budget.ceiling,
-            decided_by=budget.decided_by,
-        )
-    )
+    channel.send(_ready(facts, found, costs, budget, longest))
     return Loop(
         runner,
         channel,
@@ -153,6 +123,54 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         vocab_size=facts.vocab_size,
         xtc_special=options.xtc_special,
         pipelined=found.pipelined,
+    )
+
+
+def _transient(
+    options: wire.EngineOptions,
+    loaded: loader.Loaded,
+    runner: Runner,
+    room: int,
+    channel: EngineChannel,
+    page: Page,
+) -> Transient:
+    """The predictor of this model here: as it was stored, or measured now and stored."""
+    key = profile.fingerprint(loaded.config, runner.mode, options.prefill_step_size, room)
+    if (stored := profile.load(key)) is not None:
+        return stored
+    channel.send(wire.Loading("calibration"))
+    page.beat()
+    measured = calibrate.calibrate(
+        runner,
+        loaded.facts.vocab_size,
+        room=room,
+        context_length=loaded.facts.context_length,
+        longest=options.prefill_step_size,
+        beat=page.beat,
+    )
+    profile.save(key, measured)
+    return measured
+
+
+def _ready(
+    facts: loader.ModelFacts, found: probe.Findings, costs: Costs, budget: wire.Budget, longest: int
+) -> wire.Ready:
+    return wire.Ready(
+        model_type=facts.model_type,
+        context_length=facts.context_length,
+        eos_ids=sorted(facts.eos_ids),
+        vocab_size=facts.vocab_size,
+        backend=device.backend(),
+        device=device.name(),
+        batch_mode=found.mode,
+        batch_reason=found.reason,
+        weights_bytes=facts.weights_bytes,
+        kv_bytes_per_token=costs.kv_per_token,
+        state_bytes=costs.fixed,
+        versions={name: version(name) for name in ("mlx", "mlx-lm")},
+        longest=longest,
+        ceiling=budget.ceiling,
+        decided_by=budget.decided_by,
     )
 
 

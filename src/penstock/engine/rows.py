@@ -16,13 +16,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, create_attention_mask
 
-GROWTH = 256
-"""Positions a full row grows by at least; long rows grow by an eighth, so that growing stays linear."""
-
-
-def grown(length: int) -> int:
-    """The capacity of a row that has to hold `length` positions and had no room for them."""
-    return length + max(GROWTH, length // 8)
+from penstock.memory.costs import grown
 
 
 class RowKV:
@@ -72,9 +66,6 @@ class RowKV:
     def make_mask(self, n: int, return_array: bool = False, window_size: int | None = None) -> Any:
         """The mask of the next `n` positions, as KVCache makes it."""
         return create_attention_mask(n, self.offset, return_array, window_size)
-
-    def is_trimmable(self) -> bool:
-        return True
 
     def trim(self, n: int) -> int:
         """Forget the last `n` positions (their bytes stay reserved); returns how many there were."""

@@ -2,7 +2,7 @@
 
 Every byte that the engine's device may hold is under a lease of one account, taken *before* the bytes are:
 
-    reserve ──▶ commit ──▶ release        a lease that is not committed counts in full all the same
+    reserve ──▶ commit ──▶ release        until a commit says less, the whole lease counts
                   │
                  move ──▶ another account, without a gap (a row's KV becomes the cache's)
 
@@ -36,7 +36,6 @@ class Lease:
     account: Account
     size: int
     buffers: int
-    committed: bool = False
     open: bool = True
 
 
@@ -57,7 +56,7 @@ class Ledger:
 
     @property
     def held(self) -> int:
-        """Bytes under lease, committed or not."""
+        """Bytes under lease."""
         return sum(self._held.values())
 
     @property
@@ -84,11 +83,7 @@ class Ledger:
             raise LedgerError(f"a lease of {size} bytes in {buffers} buffers")
         if not self.can_reserve(size, buffers):
             return None
-        lease = Lease(account, size, buffers)
-        self._leases.add(lease)
-        self._held[account] += size
-        self._buffers += buffers
-        return lease
+        return self._open(account, size, buffers)
 
     def take(self, account: Account, size: int, buffers: int, ceiling: int) -> Lease:
         """A lease that was decided to fit, up to `ceiling`: the last row on board may pass a cut budget.
@@ -97,11 +92,7 @@ class Ledger:
         """
         if size < 0 or self.held + size > max(ceiling, self.held):
             raise LedgerError(f"{size} bytes for {account.value} with {self.held} of {ceiling} held")
-        lease = Lease(account, size, buffers)
-        self._leases.add(lease)
-        self._held[account] += size
-        self._buffers += buffers
-        return lease
+        return self._open(account, size, buffers)
 
     def commit(self, lease: Lease, size: int | None = None, buffers: int | None = None) -> None:
         """The bytes exist now. A smaller true size gives the rest back; a larger one is a wrong prediction.
@@ -114,7 +105,6 @@ class Ledger:
         if not 0 <= true_size <= lease.size:
             raise LedgerError(f"committed {true_size} bytes of a lease of {lease.size}")
         self._change(lease, true_size, true_buffers)
-        lease.committed = True
 
     def release(self, lease: Lease) -> None:
         """The bytes are gone. Raises LedgerError if they were already."""
@@ -149,6 +139,13 @@ class Ledger:
         for lease in self._leases:
             sums[lease.account] += lease.size
         return sums == self._held and self._buffers == sum(lease.buffers for lease in self._leases)
+
+    def _open(self, account: Account, size: int, buffers: int) -> Lease:
+        lease = Lease(account, size, buffers)
+        self._leases.add(lease)
+        self._held[account] += size
+        self._buffers += buffers
+        return lease
 
     def _change(self, lease: Lease, size: int, buffers: int) -> None:
         self._held[lease.account] += size - lease.size
