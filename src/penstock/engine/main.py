@@ -95,7 +95,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         log.warning("the prompt cache is off: this model's %s can't be cut or kept exactly", cache.obstacle)
     if options.wire_weights:
         limits.wire_weights(held)
-    longest = Fit(costs, transient).longest(room, facts.context_length)
+    longest = Fit(costs, transient).longest(budget.ceiling - held, facts.context_length)
     if longest == 0:
         raise Refused(
             f"the model's weights take {gigabytes(facts.weights_bytes)} and leave too little of "
