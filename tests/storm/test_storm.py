@@ -48,7 +48,7 @@ def test_no_step_holds_more_than_was_predicted_for_it(name: str) -> None:
 def test_a_short_storm_over_a_hybrid(pipelined: bool) -> None:
     record = Storm("qwen3_5", seed=2, share=1.1, pipelined=pipelined, cache=pipelined, longest=256).run(30)
     show("qwen3_5", record)
-    assert record.largest_share >= 0.2
+    assert record.largest_share >= 0.1  # thirty steps need not be tight; `make test-storm` must
     assert pipelined or record.worst() <= 1.0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -97,7 +98,8 @@ class EngineLoop:
             vocab_size=vocab_size,
             pipelined=pipelined,
         )
-        # Other tests' models are alive beside this one's.
+        # Other tests' models are alive beside this one's; those that are garbage must not go in mid-test.
+        gc.collect()
         others = mx.get_active_memory() - weights
         self.loop.active = lambda: int(mx.get_active_memory()) - others
         self.answers: dict[int, Answer] = {}
