@@ -8,7 +8,6 @@ is a segmentation fault. Prints requests, losses, peak and wall time of each, an
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import subprocess
 import sys
@@ -38,7 +37,7 @@ def measure(
         server.wait_ready()
         player = Player(f"http://127.0.0.1:{server.port}/v1", "default_model")
         began = time.monotonic()
-        records = asyncio.run(player.play(events))
+        records = player.play(events)
         seconds = time.monotonic() - began
         code = server.process.poll()
         end = "alive" if code is None else f"ended with {code}"

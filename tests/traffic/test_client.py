@@ -40,7 +40,7 @@ def play(events: list[Event], *answers: Answer) -> tuple[list[Record], list[dict
         server = await asyncio.start_server(serve, "127.0.0.1", 0)
         async with server:
             port = server.sockets[0].getsockname()[1]
-            return await Player(f"http://127.0.0.1:{port}/v1", "m").play(events)
+            return await asyncio.to_thread(Player(f"http://127.0.0.1:{port}/v1", "m").play, events)
 
     return asyncio.run(run()), bodies
 
@@ -138,7 +138,7 @@ def test_an_error_event_and_a_server_that_is_gone() -> None:
 
     assert play([event()], failing)[0][0].error == "stream: engine_died"
     assert play([event()], silent)[0][0].error == "broken"
-    gone = asyncio.run(Player("http://127.0.0.1:9/v1", "m").play([event()]))
+    gone = Player("http://127.0.0.1:9/v1", "m").play([event()])
     assert [r.error for r in gone] == ["refused"]
 
 
@@ -162,7 +162,7 @@ def test_words_are_fitted_to_the_servers_tokenizer() -> None:
 
         async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
             player = Player(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1", "m")
-            await player.fit_words()
+            await asyncio.to_thread(player.fit_words)
             return player.words_per_token
 
     assert asyncio.run(run()) == 2.0

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import subprocess
 import sys
+import threading
 
 from penstock.traffic.watch import below, peak_of
 
@@ -22,25 +22,15 @@ def test_what_a_grandchild_holds_is_counted() -> None:
         assert child.stdout.readline() == "held\n"
         assert child.pid in list(below(os.getpid()))
         assert len(list(below(child.pid))) == 1
-
-        async def look() -> int:
-            over = asyncio.Event()
-            watching = asyncio.create_task(peak_of(child.pid, over))
-            await asyncio.sleep(0)
-            over.set()
-            return await watching
-
-        assert asyncio.run(look()) > 60_000_000
+        over = threading.Event()
+        over.set()
+        assert peak_of(child.pid, over) > 60_000_000
         child.stdin.close()
 
 
 def test_a_process_that_is_gone_held_nothing() -> None:
     done = subprocess.Popen([sys.executable, "-c", ""])
     done.wait()
-
-    async def look() -> int:
-        over = asyncio.Event()
-        asyncio.get_running_loop().call_soon(over.set)
-        return await peak_of(done.pid, over)
-
-    assert asyncio.run(look()) == 0
+    over = threading.Event()
+    over.set()
+    assert peak_of(done.pid, over) == 0

@@ -1,20 +1,25 @@
 """Plays a profile against a server that speaks OpenAI's chat API, and writes down what came of each request.
 
-Every session is a client of its own: it sends its whole history each time, with the server's own answers in
-it, waits for the answer, pauses, goes on. It hangs up and comes back as the profile says, and like agents do
-it obeys `Retry-After`. Refuses nothing: whatever the server does is a record.
+Every session is a client of its own, in its own thread: it sends its whole history each time, with the
+server's own answers in it, waits for the answer, pauses, goes on. It hangs up and comes back as the profile
+says, and like agents do it obeys `Retry-After`. Refuses nothing: whatever the server does is a record.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
+import socket
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from http.client import HTTPConnection, HTTPResponse, HTTPSConnection
+from itertools import groupby
+from operator import attrgetter
+from threading import Thread
+from typing import Any
+from urllib.parse import urlsplit
 
-from penstock.traffic.http import Answer, Broken, Head, post
 from penstock.traffic.profiles import SYSTEM, Event, words
 
 BUSY_TRIES = 20
@@ -56,152 +61,156 @@ class Player:
     records: list[Record] = field(default_factory=list)
     _seconds_per_token: float = FIRST_GUESS
 
-    async def play(self, events: Sequence[Event]) -> list[Record]:
+    def play(self, events: Sequence[Event]) -> list[Record]:
         """All sessions at once; their records in the order in which requests ended."""
-        sessions: dict[int, list[Event]] = {}
-        for event in events:
-            sessions.setdefault(event.session, []).append(event)
-        await asyncio.gather(*(self._session(own) for own in sessions.values()))
+        own = attrgetter("session")
+        sessions = [list(group) for _, group in groupby(sorted(events, key=own), own)]
+        # Daemons: who interrupts the run doesn't wait for answers.
+        threads = [Thread(target=self._session, args=(session,), daemon=True) for session in sessions]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
         return self.records
 
-    async def fit_words(self) -> None:
+    def fit_words(self) -> None:
         """Ask once what this server counts for known texts: a template's tokens cancel out."""
         counts = []
         for count in (PROBE_WORDS, 2 * PROBE_WORDS):
             message = {"role": "user", "content": words(SYSTEM, count)}
-            record = await self._request(Event(-1, 0, 0.0, 0, 0, 0, 1), [message], False)
+            record = self._request(Event(-1, 0, 0.0, 0, 0, 0, 1), [message], stream=False)
             if record.error is not None:
                 return
             counts.append(record.prompt_tokens)
         if counts[1] > counts[0]:
             self.words_per_token = PROBE_WORDS / (counts[1] - counts[0])
 
-    async def _session(self, events: list[Event]) -> None:
+    def _session(self, events: list[Event]) -> None:
         system = words(SYSTEM, self._words(events[0].shared))
         messages = [{"role": "system", "content": system}]
         for event in events:
-            await asyncio.sleep(event.pause)
+            time.sleep(event.pause)
             messages.append({"role": "user", "content": words(event.block, self._words(event.new))})
-            record = await self._until_taken(event, messages, leaves=True, stream=True)
+            record = self._until_taken(event, messages)
             if record.left and event.back_after is not None:
-                await asyncio.sleep(event.back_after)
-                record = await self._until_taken(event, messages, leaves=False, stream=event.back_streams)
+                time.sleep(event.back_after)
+                patient = replace(event, leave_in_prefill=None, leave_after=None)
+                record = self._until_taken(patient, messages, again=True, stream=event.back_streams)
             messages.append({"role": "assistant", "content": record.text})
 
-    async def _until_taken(
-        self, event: Event, messages: list[dict[str, str]], *, leaves: bool, stream: bool
+    def _until_taken(
+        self, event: Event, messages: list[dict[str, str]], *, again: bool = False, stream: bool = True
     ) -> Record:
         """Send it, again as long as the server is busy."""
-        record = Record(event.session, event.turn)
         for attempt in range(BUSY_TRIES):
-            record = await self._request(event, messages, stream, leaves=leaves)
-            record.again = not leaves or attempt > 0
+            record = self._request(event, messages, stream=stream)
+            record.again = again or attempt > 0
             self.records.append(record)
             if record.retry_after is None:
                 break
-            await asyncio.sleep(record.retry_after)
+            time.sleep(record.retry_after)
         return record
 
-    async def _request(
-        self, event: Event, messages: list[dict[str, str]], stream: bool, *, leaves: bool = False
-    ) -> Record:
+    def _request(self, event: Event, messages: list[dict[str, str]], *, stream: bool) -> Record:
         record = Record(event.session, event.turn)
-        body = {
-            "model": self.model,
-            "messages": messages,
-            "max_tokens": event.answer,
-            "stream": stream,
-            **({"stream_options": {"include_usage": True}} if stream else {}),
-        }
-        headers = {"Authorization": f"Bearer {self.key}"} if self.key else {}
-        began = time.monotonic()
+        body = {"model": self.model, "messages": messages, "max_tokens": event.answer, "stream": stream}
+        if stream:
+            body["stream_options"] = {"include_usage": True}
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
         patience = self.timeout
-        if leaves and event.leave_in_prefill is not None:
+        if event.leave_in_prefill is not None:
             size = sum(len(message["content"]) / 3 for message in messages) / self.words_per_token
             patience = event.leave_in_prefill * size * self._seconds_per_token
-        answer = post(self.url + "/chat/completions", body, headers)
+        address = urlsplit(self.url)
+        kind = HTTPSConnection if address.scheme == "https" else HTTPConnection
+        began = time.monotonic()
         try:
-            async with asyncio.timeout(patience):
-                await self._take(answer, record, event, began, leaves, stream)
+            with closing(kind(address.netloc, timeout=patience)) as connection:
+                connection.request("POST", address.path + "/chat/completions", json.dumps(body), headers)
+                peer = connection.sock  # the connection forgets it where the answer's end closes it
+                with connection.getresponse() as response:
+                    record.status = response.status
+                    if response.status == 200 and stream:
+                        _read_stream(_events(response, peer, began + patience), record, event, began)
+                    else:
+                        _read_whole(response, record)
         except TimeoutError:
             record.left = patience < self.timeout
             record.error = None if record.left else "timeout"
-        except (OSError, Broken) as error:
-            record.error = "refused" if isinstance(error, ConnectionRefusedError) else "broken"
-        finally:
-            await answer.aclose()
+        except ConnectionRefusedError:
+            record.error = "refused"
+        except Exception:  # a connection that ends early, or what is no answer
+            record.error = "broken"
         record.total = time.monotonic() - began
         if record.first is not None and record.prompt_tokens:
             seen = record.first / record.prompt_tokens
             self._seconds_per_token = (self._seconds_per_token + seen) / 2
         return record
 
-    async def _take(
-        self, answer: Answer, record: Record, event: Event, began: float, leaves: bool, stream: bool
-    ) -> None:
-        head = await anext(answer)
-        assert isinstance(head, Head)
-        record.status = head.status
-        if head.status != 200 or not stream:
-            _whole(b"".join([piece async for piece in answer if isinstance(piece, bytes)]), head, record)
-            return
-        last, finished = began, False
-        async for data in _events(answer):
-            if data.get("error"):
-                record.error = f"stream: {data['error'].get('code') or 'error'}"
-                return
-            _usage(data, record)
-            for choice in data.get("choices", ()):
-                delta = choice.get("delta") or {}
-                if piece := delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content"):
-                    now = time.monotonic()
-                    if record.first is None:
-                        record.first = now - began
-                    else:
-                        record.gaps.append(now - last)
-                    last = now
-                    record.text += piece
-                finished |= choice.get("finish_reason") is not None
-            done = 0 if record.first is None else len(record.gaps) + 1
-            if leaves and (
-                (event.leave_in_prefill is not None and done)
-                or (event.leave_after is not None and done >= event.leave_after)
-            ):
-                record.left = True
-                return
-        if not finished:
-            record.error = "incomplete"
-
     def _words(self, tokens: int) -> int:
         return round(tokens * self.words_per_token)
 
 
-async def _events(answer: Answer) -> AsyncIterator[dict[str, Any]]:
-    """The JSON payloads of a server-sent event stream; comments and [DONE] left out."""
+def _events(response: HTTPResponse, peer: socket.socket, deadline: float) -> Iterator[dict[str, Any]]:
+    """The JSON payloads of a server-sent event stream; comments and [DONE] left out. Raises TimeoutError."""
     held = b""
-    async for piece in answer:
-        *lines, held = (held + cast(bytes, piece)).split(b"\n")
+    while (left := deadline - time.monotonic()) > 0:
+        peer.settimeout(left)
+        if not (piece := response.read1()):
+            return
+        *lines, held = (held + piece).split(b"\n")
         for line in lines:
             payload = line.removeprefix(b"data:").strip()
             if line.startswith(b"data:") and payload != b"[DONE]":
                 yield json.loads(payload)
+    raise TimeoutError
 
 
-def _whole(body: bytes, head: Head, record: Record) -> None:
+def _read_stream(events: Iterable[dict[str, Any]], record: Record, event: Event, began: float) -> None:
+    """Take in a stream, up to where the profile's client hangs up."""
+    last, done, finished = began, 0, False
+    for data in events:
+        if data.get("error"):
+            record.error = f"stream: {data['error'].get('code') or 'error'}"
+            return
+        _usage(data, record)
+        for choice in data.get("choices", ()):
+            delta = choice.get("delta") or {}
+            if piece := delta.get("content") or delta.get("reasoning") or delta.get("reasoning_content"):
+                now = time.monotonic()
+                if record.first is None:
+                    record.first = now - began
+                else:
+                    record.gaps.append(now - last)
+                last = now
+                record.text += piece
+                done += 1
+            finished |= choice.get("finish_reason") is not None
+        most = event.leave_after if event.leave_in_prefill is None else 1
+        if most is not None and done >= most:
+            record.left = True
+            return
+    if not finished:
+        record.error = "incomplete"
+
+
+def _read_whole(response: HTTPResponse, record: Record) -> None:
     """Take in an answer that is no stream."""
     try:
-        data = json.loads(body)
+        data = json.loads(response.read())
     except ValueError:
         data = {}
     data = data if isinstance(data, dict) else {}
-    if head.status == 200 and data.get("choices"):
+    if response.status == 200 and data.get("choices"):
         record.text = (data["choices"][0].get("message") or {}).get("content") or ""
         _usage(data, record)
         return
     error = data.get("error")
     code = (error.get("code") or error.get("type")) if isinstance(error, dict) else None
-    record.error = f"{head.status} {code}" if code else str(head.status)
-    waits = head.headers.get("retry-after", "")
+    record.error = f"{response.status} {code}" if code else str(response.status)
+    waits = response.headers.get("retry-after", "")
     record.retry_after = min(60.0, float(waits)) if waits.isdigit() else None
 
 

@@ -6,14 +6,15 @@ footprint, which has Metal's buffers in it), added up ten times a second. Server
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
+from threading import Event as Flag
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -30,33 +31,31 @@ def run_watched(
     url: str, model: str, key: str | None, events: Sequence[Event]
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Play `events` against the server at `url`: the run's figures, and its records."""
-
-    async def run() -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        address, over = urlsplit(url), asyncio.Event()
-        local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
-        holder = platform.port_holder(address.port or 0) if local else None
-        player = Player(url, model, key)
-        await player.fit_words()
+    address, over = urlsplit(url), Flag()
+    local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
+    holder = platform.port_holder(address.port or 0) if local else None
+    player = Player(url, model, key)
+    player.fit_words()
+    with ThreadPoolExecutor(1) as pool:
+        watching = pool.submit(peak_of, holder.pid, over) if holder else None
         began = time.monotonic()
-        watching = asyncio.create_task(peak_of(holder.pid, over)) if holder else None
-        records = await player.play(events)
+        try:
+            records = player.play(events)
+        finally:
+            over.set()
         seconds = time.monotonic() - began
-        over.set()
-        peak = await watching if watching else 0
-        shown = [{**asdict(record), "text": len(record.text)} for record in records]
-        return summary(records, seconds, peak or None), shown
-
-    return asyncio.run(run())
+    peak = watching.result() if watching else 0
+    shown = [{**asdict(record), "text": len(record.text)} for record in records]
+    return summary(records, seconds, peak or None), shown
 
 
-async def peak_of(pid: int, over: asyncio.Event) -> int:
+def peak_of(pid: int, over: Flag) -> int:
     """The most bytes that `pid` and its descendants held until `over` is set; 0 if none could be seen."""
     probe, peak = system_probe({}), 0
-    while not over.is_set():
+    while True:
         peak = max(peak, sum(probe.read(each).footprint or 0 for each in (pid, *below(pid))))
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(over.wait(), INTERVAL)
-    return peak
+        if over.wait(INTERVAL):
+            return peak
 
 
 def below(pid: int) -> Iterator[int]:
