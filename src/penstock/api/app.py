@@ -74,23 +74,12 @@ def create_app(service: Service, options: Options) -> ASGIApp:
     router = Router(routes, redirect_slashes=False, default=_not_found)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
-        elif scope["type"] == "websocket":
+        if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
             await _serve(Exchange(scope, receive, send), gate, router)
 
     return app
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    """Nothing to do: the front starts and stops the parts."""
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return
 
 
 async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:

@@ -15,6 +15,7 @@ import msgspec
 
 from penstock.api.admission import Lease
 from penstock.api.exchange import Exchange
+from penstock.api.schema import Sampled
 from penstock.errors import Kind, PenstockError
 
 MAX_BODY = 32_000_000
@@ -26,7 +27,7 @@ PREPARING = 8
 NAME_WITHIN = 1_000_000
 """How far into a malformed body the field at fault is looked for, in bytes."""
 
-Request = TypeVar("Request")
+Request = TypeVar("Request", bound=Sampled)
 
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{},:]', re.DOTALL)
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})")

@@ -7,10 +7,9 @@ from typing import Any
 import msgspec
 
 from penstock import __version__
-from penstock.api import schema
+from penstock.api import params, schema
 from penstock.api.exchange import Exchange
 from penstock.api.service import Service
-from penstock.errors import Kind, PenstockError
 
 _OPENAPI = msgspec.json.encode(schema.openapi(__version__))
 
@@ -30,10 +29,7 @@ async def listed(service: Service, exchange: Exchange) -> None:
 async def one(service: Service, exchange: Exchange) -> None:
     """GET /v1/models/{id}; ids may contain slashes."""
     name = exchange.scope["path_params"]["id"]
-    if name not in service.served_names:
-        raise PenstockError(
-            Kind.MODEL_NOT_FOUND, f"The model {name[:200]!r} is not served here.", param="model"
-        )
+    params.check_model(name, service.served_names, strict=True)
     await exchange.respond_json(200, _model(service, name))
 
 
@@ -43,16 +39,16 @@ async def status(service: Service, exchange: Exchange) -> None:
 
 
 async def health(service: Service, exchange: Exchange) -> None:
-    """GET /health: 200 when the engine takes work at once."""
+    """GET /health: 200 when the engine takes work at once, or has been unloaded until it comes."""
     backend = service.backend
     ready = backend.ready
-    if backend.state != "ready" or ready is None or not service.has_text:
+    if backend.state not in ("ready", "unloaded") or ready is None or not service.has_text:
         status = "loading" if backend.state == "ready" else backend.state
         body = {**backend.snapshot(), "status": status, "reason": backend.reason}
         await exchange.respond_json(503, body, headers=[(b"retry-after", b"1")])
         return
     facts = {
-        "status": "ok",
+        "status": "ok" if backend.state == "ready" else backend.state,
         "model": service.model_name,
         "batch_mode": ready.batch_mode,
         "batch_reason": ready.batch_reason,

@@ -7,12 +7,12 @@ mlx_lm.server's. A field whose feature we lack is refused by name if ignoring it
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 from penstock import wire
 from penstock.api.generation import Plan
-from penstock.api.schema import ChatRequest, CompletionRequest, Sampled
+from penstock.api.schema import Sampled
 from penstock.errors import Kind, PenstockError
 from penstock.sizes import gigabytes
 from penstock.supervisor.ticket import Job
@@ -23,44 +23,33 @@ GREEDY_BELOW = 1e-5
 _LIMITS = {"temperature": 100.0, "top_p": 1.0, "min_p": 1.0, "top_k": 1e9, "repetition_penalty": 100.0}
 
 
+_UNSUPPORTED: dict[str, tuple[Container[Any], str]] = {
+    "adapters": ((None,), "adapters can't be chosen by a request."),
+    "draft_model": ((None, "default_model"), "draft models are not supported."),
+    "response_format": ((None,), "only {'type': 'text'} is supported."),
+    "tool_choice": ((None, "auto", "none"), "only 'auto' and 'none' are supported."),
+    "functions": ((None, []), "use tools instead."),
+    "function_call": ((None, "auto", "none"), "use tools instead."),
+    "modalities": ((None, [], ["text"]), "only ['text'] is supported."),
+    "echo": ((None, False), "echoing the prompt is not supported."),
+    "suffix": ((None, ""), "filling in before a suffix is not supported."),
+    "best_of": ((None, 1), "only 1 is supported; n gives several answers."),
+}
+"""What a field may hold whose feature we lack, and what is said of the rest."""
+
+
 def invalid(param: str, message: str) -> PenstockError:
     """A 400 that names the field."""
     return PenstockError(Kind.INVALID_FIELD, f"{param}: {message}", param=param)
 
 
-def _unsupported(param: str, message: str) -> PenstockError:
-    return PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
-
-
 def refuse(request: Sampled) -> None:
     """Raise UNSUPPORTED_FIELD for what would change the answer and isn't done."""
-    if request.adapters is not None:
-        raise _unsupported("adapters", "adapters can't be chosen by a request.")
-    if request.draft_model not in (None, "default_model"):
-        raise _unsupported("draft_model", "draft models are not supported.")
     form = request.response_format
-    if form is not None and not (isinstance(form, dict) and form.get("type") == "text"):
-        raise _unsupported("response_format", "only {'type': 'text'} is supported.")
-    if isinstance(request, ChatRequest):
-        _refuse_chat(request)
-    elif isinstance(request, CompletionRequest):
-        if request.echo not in (None, False):
-            raise _unsupported("echo", "echoing the prompt is not supported.")
-        if request.suffix not in (None, ""):
-            raise _unsupported("suffix", "filling in before a suffix is not supported.")
-        if request.best_of not in (None, 1):
-            raise _unsupported("best_of", "only 1 is supported; n gives several answers.")
-
-
-def _refuse_chat(request: ChatRequest) -> None:
-    if request.tool_choice not in (None, "auto", "none"):
-        raise _unsupported("tool_choice", "only 'auto' and 'none' are supported.")
-    if request.functions not in (None, []):
-        raise _unsupported("functions", "use tools instead.")
-    if request.function_call not in (None, "auto", "none"):
-        raise _unsupported("function_call", "use tools instead.")
-    if request.modalities not in (None, [], ["text"]):
-        raise _unsupported("modalities", "only ['text'] is supported.")
+    text = isinstance(form, dict) and form.get("type") == "text"
+    for param, (accepted, message) in _UNSUPPORTED.items():
+        if getattr(request, param, None) not in accepted and not (text and param == "response_format"):
+            raise PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
 
 
 def check_model(model: str | None, served: Sequence[str], strict: bool) -> None:
@@ -135,12 +124,6 @@ def _logit_bias(biases: dict[str, float], vocab_size: int) -> dict[int, float]:
     return found
 
 
-def most_tokens(request: Sampled, flag: float | None, context: int) -> int | None:
-    """The cap on an answer's length in tokens, or None: until the context ends."""
-    named = request.max_completion_tokens or request.max_tokens or flag
-    return None if named is None else min(int(named), context)
-
-
 def stops(request: Sampled) -> list[str]:
     """The stop strings, each once."""
     if request.stop is None:
@@ -176,6 +159,34 @@ def check_length(length: int, ready: wire.Ready, param: str) -> None:
         f"This model's maximum context length is {most} tokens, but the prompt has {length} tokens.{why} "
         "Please shorten it.",
         param=param,
+    )
+
+
+def most_tokens(request: Sampled, flag: float | None, context: int) -> int | None:
+    """The cap on an answer's length in tokens, or None: until the context ends."""
+    named = request.max_completion_tokens or request.max_tokens or flag
+    return None if named is None else min(int(named), context)
+
+
+def job(
+    request: Sampled,
+    flags: Mapping[str, float | None],
+    ready: wire.Ready,
+    sampling: wire.Sampling,
+    ids: array[int],
+    param: str,
+) -> Job:
+    """What the engine is to do with the prompt that came in field `param`. Raises CONTEXT_LENGTH."""
+    check_length(len(ids), ready, param)
+    return Job(
+        prompt=ids,
+        sampling=sampling,
+        n=request.n or 1,
+        max_tokens=most_tokens(request, flags.get("max_tokens"), ready.context_length),
+        min_tokens=min(request.min_tokens or 0, ready.context_length),
+        ignore_eos=bool(request.ignore_eos),
+        stops=bool(stops(request)),
+        seed=request.seed,
     )
 
 

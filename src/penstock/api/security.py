@@ -54,7 +54,7 @@ class Gate:
                     "This Host is not allowed; the server's --allowed-hosts lists others.",
                 )
         self._check_origin(exchange, hosts)
-        if self._keys and exchange.path not in OPEN_PATHS and not self.is_preflight(exchange):
+        if self._keys and exchange.path not in OPEN_PATHS and exchange.method != "OPTIONS":
             self._check_key(exchange)
 
     def _check_origin(self, exchange: Exchange, hosts: list[str]) -> None:
@@ -77,11 +77,6 @@ class Gate:
         digest = hashlib.sha256(given).digest()
         if not given or not any([hmac.compare_digest(digest, key) for key in self._keys]):  # noqa: C419
             raise PenstockError(Kind.UNAUTHORIZED, "A valid API key is needed: 'Authorization: Bearer KEY'.")
-
-    @staticmethod
-    def is_preflight(exchange: Exchange) -> bool:
-        """A browser asking what it may send."""
-        return exchange.method == "OPTIONS"
 
     @staticmethod
     def preflight_headers(exchange: Exchange) -> list[Header]:

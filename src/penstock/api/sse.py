@@ -8,32 +8,21 @@ from __future__ import annotations
 
 import asyncio
 import time
-from typing import Any, Protocol
-
-import msgspec
+from collections.abc import Awaitable, Callable
+from typing import Any
 
 from penstock import log
-from penstock.api.admission import Lease
+from penstock.api import params
+from penstock.api.admission import UNSENT, Lease
+from penstock.api.body import Request, read_request
 from penstock.api.exchange import Exchange
-from penstock.api.generation import Generation, Piece
+from penstock.api.generation import Generation, Piece, Plan
+from penstock.api.renderer import Renderer, encode
 from penstock.api.service import Service
 from penstock.errors import Kind, PenstockError
 from penstock.supervisor.ticket import Progress
 
 DONE = b"data: [DONE]\n\n"
-
-
-class Renderer(Protocol):
-    """How an API words a generation. The bytes of stream methods are whole server-sent events."""
-
-    keepalive: bytes
-
-    def opening(self, choices: int) -> bytes: ...
-    def piece(self, piece: Piece) -> bytes: ...
-    def progress(self, progress: Progress, cached: int, milliseconds: float) -> bytes: ...
-    def usage(self, usage: dict[str, Any]) -> bytes: ...
-    def collect(self, piece: Piece) -> int: ...
-    def whole(self, usage: dict[str, Any]) -> dict[str, Any]: ...
 
 
 class Silence:
@@ -85,59 +74,53 @@ class Silence:
             self._task.cancel()
 
 
-async def stream(service: Service, exchange: Exchange, run: Generation, renderer: Renderer) -> None:
-    """Headers and opening at once, then a chunk per event. Raises Reported after its error event."""
+async def stream(
+    service: Service, exchange: Exchange, run: Generation, renderer: Renderer
+) -> PenstockError | None:
+    """Headers and opening at once, then a chunk per event. Returns the failure told in an error event."""
     await exchange.start_stream()
     silence = Silence(service, exchange, renderer.keepalive)
     try:
-        opening = renderer.opening(len(run.choices))
-        if opening:
+        if opening := renderer.opening():
             await silence.send(opening)
         while (event := await run.next()) is not None:
-            if type(event) is Piece:
+            if isinstance(event, Piece):
                 data = renderer.piece(event)
             else:
-                data = _progress(exchange, run, renderer, event)  # type: ignore[arg-type]
+                data = _progress(exchange, run, renderer, event)
             if data:
                 await silence.send(data)
         last = renderer.usage(run.usage()) if run.plan.include_usage else b""
         await silence.end(last + DONE)
     except Exception as error:
         failure = known(error, exchange.id)
-        await silence.end(b"data: " + msgspec.json.encode(failure.openai()) + b"\n\n")
-        raise Reported(failure) from error
+        await silence.end(b"data: " + encode(failure.openai()) + b"\n\n")
+        return failure
     finally:
         silence.stop()
-
-
-class Reported(Exception):
-    """A stream failed after its headers, and the client was told so in an event."""
-
-    def __init__(self, error: PenstockError) -> None:
-        super().__init__(error.message)
-        self.error = error
+    return None
 
 
 async def plain(exchange: Exchange, run: Generation, renderer: Renderer, lease: Lease) -> None:
     """The whole answer, when it is there. Raises PenstockError before anything was sent."""
     text, base = 0, lease.bytes
     while (event := await run.next()) is not None:
-        if type(event) is Piece:
+        if isinstance(event, Piece):
             text += renderer.collect(event)
             if base + text - lease.bytes > 65_536:
                 lease.resize(base + text, refuse=False)
         else:
-            _progress(exchange, run, renderer, event)  # type: ignore[arg-type]
+            _progress(exchange, run, renderer, event)
     await exchange.respond_json(200, renderer.whole(run.usage()))
 
 
 def _progress(exchange: Exchange, run: Generation, renderer: Renderer, event: Progress) -> bytes:
     log.progress(exchange.name, event.done, event.total)
-    if run.plan.return_progress:
-        stats = run.tickets[0].stats
-        seconds = time.monotonic() - (stats.first_prefill or stats.submitted)
-        return renderer.progress(event, run.cached(), seconds * 1000)
-    return b""
+    if not run.plan.return_progress:
+        return b""
+    stats = run.tickets[0].stats
+    seconds = time.monotonic() - (stats.first_prefill or stats.submitted)
+    return renderer.progress(event, run.cached(), seconds * 1000)
 
 
 def known(error: Exception, request: str) -> PenstockError:
@@ -148,19 +131,41 @@ def known(error: Exception, request: str) -> PenstockError:
     return PenstockError(Kind.INTERNAL, f"Internal error; the server's log tells more of request {request}.")
 
 
+async def respond(
+    service: Service,
+    exchange: Exchange,
+    kind: type[Request],
+    prepare: Callable[[Service, dict[str, Any], Request], Awaitable[Plan]],
+    make_renderer: Callable[[str, str, Plan], Renderer],
+) -> None:
+    """From a request's body, a `kind`, to its answer's end. Raises PenstockError before anything was sent."""
+    with service.admission.lease() as lease:
+        raw, request = await read_request(exchange, lease, kind, service.pool, service.timing.body)
+        with exchange.ends_with_client():
+            params.refuse(request)
+            params.check_model(request.model, service.served_names, service.strict_model_names)
+            plan = await prepare(service, raw, request)
+            del raw, request
+            lease.resize(sum(4 * len(job.prompt) + UNSENT * job.n for job in plan.jobs) + plan.retained)
+            renderer = make_renderer(exchange.id, service.model_name, plan)
+            await answer(service, exchange, Generation(service.backend, plan), renderer, lease)
+
+
 async def answer(
     service: Service, exchange: Exchange, run: Generation, renderer: Renderer, lease: Lease
 ) -> None:
     """Run a generation to its end and answer it; tickets are closed and the log told, whatever happens."""
     try:
         run.open()
+        failure = None
         if run.plan.stream:
-            await stream(service, exchange, run, renderer)
+            failure = await stream(service, exchange, run, renderer)
         else:
             await plain(exchange, run, renderer, lease)
-        log.request_done(run.record(exchange.name))
-    except Reported as reported:
-        log.request_failed(exchange.name, reported.error.kind.label, reported.error.message)
+        if failure is None:
+            log.request_done(run.record(exchange.name))
+        else:
+            log.request_failed(exchange.name, failure.kind.label, failure.message)
     except PenstockError as error:
         log.request_failed(exchange.name, error.kind.label, error.message)
         raise

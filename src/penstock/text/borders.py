@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from array import array
 from bisect import bisect_left
+from collections.abc import Callable
 from typing import Any
 
 from penstock.cache.checkpoints import Markers, borders, learn
@@ -41,11 +42,8 @@ def found(
     prompt: str,
     markers: Markers,
     tokenizer: Tokenizer,
-    template: ChatTemplate,
     messages: list[Any],
-    tools: list[Any] | None,
-    kwargs: dict[str, Any] | None,
-    role_mapping: dict[str, str] | None,
+    render: Callable[[list[Any]], str],
 ) -> tuple[list[int], int | None]:
     """Borders of a rendered prompt, ascending, and the one at which the next turn will leave it, or None.
 
@@ -56,7 +54,7 @@ def found(
     if not edges or not markers.openers:
         return edges, None
     try:
-        later = template.render([*messages, _NEXT], tools, True, kwargs, role_mapping)
+        later = render([*messages, _NEXT])
     except PenstockError:
         return edges, None
     shared = prompt[: _common(prompt, later)]

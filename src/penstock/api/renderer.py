@@ -1,0 +1,103 @@
+"""How an API words a generation: what chat and text completions share.
+
+Owns the frame of a chunk and what a whole answer keeps; the two APIs give the text its shape. Stream methods
+return whole server-sent events, or nothing. Invariant: the frame is encoded once per choice, so that a token
+costs a concatenation.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, ClassVar
+
+import msgspec
+
+from penstock.api.generation import Piece, Plan
+from penstock.supervisor.ticket import Progress
+from penstock.text.assembler import Delta, TokenLogprob
+
+encode = msgspec.json.encode
+
+
+class Renderer:
+    """The words of one request's answer."""
+
+    id_prefix: ClassVar[str]
+    chunk_object: ClassVar[str]
+    whole_object: ClassVar[str]
+    member: ClassVar[bytes]
+    """The name of what a choice of a chunk carries."""
+    nothing: ClassVar[bytes]
+    """That member in the chunk with the finish reason."""
+    keepalive = b": waiting\n\n"
+
+    def __init__(self, id: str, model: str, plan: Plan) -> None:
+        self._fields = {
+            "id": f"{self.id_prefix}-{id}",
+            "object": self.chunk_object,
+            "created": int(time.time()),
+            "model": model,
+        }
+        self._close = b'],"usage":null}\n\n' if plan.include_usage else b"]}\n\n"
+        opening = b"data: " + encode(self._fields)[:-1] + b',"choices":['
+        count = sum(job.n for job in plan.jobs)
+        self._heads = [opening + b'{"index":%d,"%s":' % (index, self.member) for index in range(count)]
+        self._deltas: list[list[Delta]] = [[] for _ in self._heads]
+        self._reasons: list[str | None] = [None] * count
+
+    def opening(self) -> bytes:
+        """What a stream begins with."""
+        return b""
+
+    def piece(self, piece: Piece) -> bytes:
+        """One chunk per delta, and one with the finish reason."""
+        data = b"".join(self.delta(piece.index, delta) for delta in piece.deltas if delta)
+        if piece.finish_reason is not None:
+            data += self.chunk(piece.index, self.nothing, reason=encode(piece.finish_reason))
+        return data
+
+    def delta(self, index: int, delta: Delta) -> bytes:
+        """The chunk of a delta that is not empty."""
+        raise NotImplementedError
+
+    def chunk(self, index: int, said: bytes, logprobs: bytes = b"null", reason: bytes = b"null") -> bytes:
+        """A chunk of one choice."""
+        tail = b',"logprobs":' + logprobs + b',"finish_reason":' + reason + b"}"
+        return self._heads[index] + said + tail + self._close
+
+    def progress(self, progress: Progress, cached: int, milliseconds: float) -> bytes:
+        """How far the prefill is, where the API has words for it."""
+        return b""
+
+    def usage(self, usage: dict[str, Any]) -> bytes:
+        """The chunk after the last, without choices."""
+        return b"data: " + encode({**self._fields, "choices": [], "usage": usage}) + b"\n\n"
+
+    def collect(self, piece: Piece) -> int:
+        """Keep a piece for the whole answer; returns about how many bytes that holds."""
+        self._deltas[piece.index] += piece.deltas
+        self._reasons[piece.index] = piece.finish_reason
+        return sum(300 + len(d.content) + len(d.reasoning) + 500 * len(d.logprobs) for d in piece.deltas)
+
+    def whole(self, usage: dict[str, Any]) -> dict[str, Any]:
+        """The answer without streaming, from what was collected."""
+        choices = []
+        for index, (deltas, reason) in enumerate(zip(self._deltas, self._reasons, strict=True)):
+            said = Delta(
+                content="".join(delta.content for delta in deltas),
+                reasoning="".join(delta.reasoning for delta in deltas),
+                tool_calls=[call for delta in deltas for call in delta.tool_calls],
+                logprobs=[entry for delta in deltas for entry in delta.logprobs],
+            )
+            logprobs = self.logprobs(index, said.logprobs)
+            choices.append({"index": index, **self.said(said), "logprobs": logprobs, "finish_reason": reason})
+        return {**self._fields, "object": self.whole_object, "choices": choices, "usage": usage}
+
+    def said(self, answer: Delta) -> dict[str, Any]:
+        """What a choice of a whole answer says."""
+        raise NotImplementedError
+
+    def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
+        """The next log-probabilities of a choice, if any, in the API's shape."""
+        raise NotImplementedError
