@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +35,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "hub"
 
 
-def problem(path: Path) -> ModelProblem:
+def problem(path: Path) -> str:
     with pytest.raises(ModelProblem) as caught:
         models.check(path)
-    assert caught.value.sentence.endswith(".")
-    assert "\n" not in caught.value.sentence
-    return caught.value
+    sentence = str(caught.value)
+    assert sentence.endswith(".")
+    assert "\n" not in sentence
+    return sentence
 
 
 def test_a_whole_model_passes(tmp_path: Path) -> None:
@@ -49,29 +49,29 @@ def test_a_whole_model_passes(tmp_path: Path) -> None:
 
 
 def test_each_fault_of_a_directory_is_named(tmp_path: Path) -> None:
-    assert "does not exist" in problem(tmp_path / "none").sentence
+    assert "does not exist" in problem(tmp_path / "none")
     (file := tmp_path / "file").write_text("")
-    assert "not a directory" in problem(file).sentence
+    assert "not a directory" in problem(file)
     (empty := tmp_path / "empty").mkdir()
-    assert "no config.json" in problem(empty).sentence
+    assert "no config.json" in problem(empty)
     (empty / "config.json").write_text("{")
-    assert "cannot be read" in problem(empty).sentence
+    assert "cannot be read" in problem(empty)
     (empty / "config.json").write_text("{}")
-    assert "names no model_type" in problem(empty).sentence
-    assert "no weights" in problem(make_model(tmp_path / "bare", weights=())).sentence
+    assert "names no model_type" in problem(empty)
+    assert "no weights" in problem(make_model(tmp_path / "bare", weights=()))
     gguf = make_model(tmp_path / "gguf", weights=())
     (gguf / "q4.gguf").write_bytes(b"")
-    assert "q4.gguf" in problem(gguf).sentence
+    assert "q4.gguf" in problem(gguf)
     untokenised = make_model(tmp_path / "untokenised")
     (untokenised / "tokenizer.json").unlink()
-    assert "tokenizer.json" in problem(untokenised).sentence
+    assert "tokenizer.json" in problem(untokenised)
 
 
 def test_a_download_cut_off_is_named_with_a_missing_file(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", weights=("model-1",))
     index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
     (path / "model.safetensors.index.json").write_text(json.dumps(index))
-    assert "lacks 1 of 2 weight files, model-2.safetensors among them" in problem(path).sentence
+    assert "lacks 1 of 2 weight files, model-2.safetensors among them" in problem(path)
 
 
 @pytest.mark.parametrize(
@@ -93,12 +93,12 @@ def test_architectures_are_those_of_the_installed_mlx_lm(
     if known:
         models.check(path)
     else:
-        assert "no model of type" in problem(path).sentence
+        assert "no model of type" in problem(path)
 
 
 def test_code_in_a_repository_is_trusted_only_when_told(tmp_path: Path) -> None:
     path = make_model(tmp_path / "m", {"model_type": "own", "model_file": "own.py"})
-    assert "--trust-remote-code" in problem(path).sentence
+    assert "--trust-remote-code" in problem(path)
     models.check(path, trust_remote_code=True)
 
 
@@ -141,9 +141,20 @@ def test_the_cache_lists_what_could_be_served(cache: Path) -> None:
     assert [(model.name, model.bytes) for model in found] == [("alone", 10), ("org/good", 20)]
 
 
-def test_the_cache_is_where_huggingface_hub_keeps_it(tmp_path: Path) -> None:
-    home = os.path.expanduser("~")
-    assert models.hub_cache({}) == Path(home, ".cache/huggingface/hub")
-    assert models.hub_cache({"XDG_CACHE_HOME": "/x"}) == Path("/x/huggingface/hub")
-    assert models.hub_cache({"XDG_CACHE_HOME": "/x", "HF_HOME": "/h"}) == Path("/h/hub")
-    assert models.hub_cache({"HF_HOME": "/h", "HF_HUB_CACHE": "/c"}) == Path("/c")
+@pytest.mark.parametrize(
+    ("named", "place"),
+    [
+        ({}, "~/.cache/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x"}, "/x/huggingface/hub"),
+        ({"XDG_CACHE_HOME": "/x", "HF_HOME": "/h"}, "/h/hub"),
+        ({"HF_HOME": "/h", "HF_HUB_CACHE": "/c"}, "/c"),
+    ],
+)
+def test_the_cache_is_where_huggingface_hub_keeps_it(
+    named: dict[str, str], place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("XDG_CACHE_HOME", "HF_HOME", "HF_HUB_CACHE", "HUGGINGFACE_HUB_CACHE"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in named.items():
+        monkeypatch.setenv(name, value)
+    assert models.hub_cache() == Path(place).expanduser()

@@ -97,9 +97,9 @@ def test_a_busy_port_is_said_with_the_program_that_holds_it() -> None:
         with pytest.raises(platform.PortProblem) as caught:
             platform.listen("127.0.0.1", port)
     assert caught.value.exit_code == 1
-    assert f"Port {port} is in use" in caught.value.sentence
+    assert f"Port {port} is in use" in str(caught.value)
     if sys.platform == "linux":
-        assert f"(process {os.getpid()})" in caught.value.sentence
+        assert f"(process {os.getpid()})" in str(caught.value)
 
 
 def test_a_port_can_be_taken_again_at_once() -> None:

@@ -77,3 +77,14 @@ class PenstockError(Exception):
         """The error body of OpenAI's APIs."""
         row = self.kind.value
         return {"error": {"message": self.message, "type": row.type, "param": self.param, "code": row.code}}
+
+
+class StartProblem(Exception):
+    """Why a command ends before it has begun, in one sentence.
+
+    `exit_code` is 2 where only the user can mend it, 1 where a restart may.
+    """
+
+    def __init__(self, sentence: str, exit_code: int = 2) -> None:
+        super().__init__(sentence)
+        self.exit_code = exit_code

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from penstock.demo import model_path
+from penstock.errors import StartProblem
 
 DEMO = model_path()
 WEIGHTS = "model*.safetensors"
@@ -29,13 +30,12 @@ PATTERNS = ("*.json", WEIGHTS, "*.txt", "*.jsonl", "*.jinja", "tokenizer.model",
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?", re.ASCII)
 
 
-class ModelProblem(Exception):
-    """The model cannot be served. `exit_code` is 2 where only the user can mend it, 1 where a restart may."""
+class ModelProblem(StartProblem):
+    """The model cannot be served."""
 
-    def __init__(self, sentence: str, exit_code: int = 2) -> None:
-        super().__init__(sentence)
-        self.sentence = sentence
-        self.exit_code = exit_code
+
+class Incomplete(ModelProblem):
+    """Files of the model are missing or broken off: a download may mend it."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def check(path: Path, *, trust_remote_code: bool = False) -> None:
         raise ModelProblem(f"{path}: this mlx-lm has no model of type {config['model_type']!r}.")
     _check_weights(path)
     if not (path / "tokenizer.json").is_file():
-        raise ModelProblem(f"{path} has no tokenizer.json.")
+        raise Incomplete(f"{path} has no tokenizer.json.")
 
 
 def precheck(model: str, *, trust_remote_code: bool = False) -> Path | None:
@@ -79,18 +79,17 @@ def precheck(model: str, *, trust_remote_code: bool = False) -> Path | None:
         return path
     if not _REPOSITORY.fullmatch(model):
         raise ModelProblem(f"{model!r} is neither a directory nor the name of a hub repository.")
-    path_or_none = snapshot(model)
-    if path_or_none is None:
-        if _offline():
-            raise ModelProblem(f"{model} is not in the hub cache, and HF_HUB_OFFLINE forbids a download.")
-        return None
+    cached = snapshot(model)
+    if cached is None and _offline():
+        raise ModelProblem(f"{model} is not in the hub cache, and HF_HUB_OFFLINE forbids a download.")
     try:
-        check(path_or_none, trust_remote_code=trust_remote_code)
-    except ModelProblem:
-        if _offline() or _complete(path_or_none):
+        if cached is not None:
+            check(cached, trust_remote_code=trust_remote_code)
+    except Incomplete:
+        if _offline():
             raise
         return None
-    return path_or_none
+    return cached
 
 
 def resolve(model: str, *, trust_remote_code: bool = False) -> Path:
@@ -106,12 +105,12 @@ def resolve(model: str, *, trust_remote_code: bool = False) -> Path:
     return path
 
 
-def found_in_cache(environment: Mapping[str, str] | None = None) -> list[Cached]:
+def found_in_cache() -> list[Cached]:
     """The hub cache's models that `check` accepts, by name."""
     found = []
-    for folder in sorted(hub_cache(environment).glob("models--*")):
+    for folder in sorted(hub_cache().glob("models--*")):
         name = folder.name.removeprefix("models--").replace("--", "/")
-        path = snapshot(name, environment)
+        path = snapshot(name)
         if path is None:
             continue
         try:
@@ -122,18 +121,17 @@ def found_in_cache(environment: Mapping[str, str] | None = None) -> list[Cached]
     return found
 
 
-def hub_cache(environment: Mapping[str, str] | None = None) -> Path:
+def hub_cache() -> Path:
     """Where huggingface_hub keeps repositories, by its rules, without importing it."""
-    env = os.environ if environment is None else environment
-    if named := env.get("HF_HUB_CACHE") or env.get("HUGGINGFACE_HUB_CACHE"):
+    if named := os.environ.get("HF_HUB_CACHE") or os.environ.get("HUGGINGFACE_HUB_CACHE"):
         return Path(named).expanduser()
-    caches = Path(env.get("XDG_CACHE_HOME") or "~/.cache")
-    return Path(env.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
+    caches = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    return Path(os.environ.get("HF_HOME") or caches / "huggingface").expanduser() / "hub"
 
 
-def snapshot(name: str, environment: Mapping[str, str] | None = None) -> Path | None:
+def snapshot(name: str) -> Path | None:
     """The directory of a repository's main revision in the hub cache, or None."""
-    folder = hub_cache(environment) / ("models--" + name.replace("/", "--"))
+    folder = hub_cache() / ("models--" + name.replace("/", "--"))
     try:
         revision = (folder / "refs" / "main").read_text().strip()
     except OSError:
@@ -154,11 +152,11 @@ def _json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelProblem(f"{path.parent} is no model: it has no {path.name}.") from None
+        raise Incomplete(f"{path.parent} is no model: it has no {path.name}.") from None
     except (OSError, ValueError) as error:
-        raise ModelProblem(f"{path} cannot be read: {error}.") from None
+        raise Incomplete(f"{path} cannot be read: {error}.") from None
     if not isinstance(value, dict):
-        raise ModelProblem(f"{path} is not a JSON object.")
+        raise Incomplete(f"{path} is not a JSON object.")
     return value
 
 
@@ -168,33 +166,25 @@ def _check_weights(path: Path) -> None:
             (file.name for kind in ("*.gguf", "*.bin", "*.safetensors") for file in path.glob(kind)), None
         )
         hint = f" ({other} is of a kind that MLX does not load)" if other else ""
-        raise ModelProblem(f"{path} has no weights: no file is named {WEIGHTS}{hint}.")
+        raise Incomplete(f"{path} has no weights: no file is named {WEIGHTS}{hint}.")
     index = path / "model.safetensors.index.json"
     if index.is_file():
         needed = set(_json(index).get("weight_map", {}).values())
         missing = sorted(name for name in needed if not (path / name).is_file())
         if missing:
-            raise ModelProblem(
+            raise Incomplete(
                 f"{path} lacks {len(missing)} of {len(needed)} weight files, {missing[0]} among them."
             )
 
 
-def _complete(path: Path) -> bool:
-    """Whether a download of this snapshot once ended: then a fault in it is not for want of files."""
-    try:
-        _json(path / "config.json")
-        _check_weights(path)
-    except ModelProblem:
-        return False
-    return (path / "tokenizer.json").is_file()
-
-
 def _implemented(config: Mapping[str, Any]) -> bool:
     """Whether mlx-lm has a model class for this configuration, by its own tables, read but not run."""
-    root = _mlx_lm()
-    if root is None:
+    spec = importlib.util.find_spec("mlx_lm")  # finds a top-level package without running it
+    if spec is None or spec.origin is None:
         raise ModelProblem("mlx-lm is not installed: run `make venv`, or install penstock again.")
-    types, architectures = _remappings(root)
+    root = Path(spec.origin).parent
+    tables = _remappings(root)
+    types, architectures = tables["MODEL_REMAPPING"], tables["MODEL_ARCHITECTURE_REMAPPING"]
     model_type = config["model_type"]
     named = config.get("architectures") or ()
     for architecture in (named,) if isinstance(named, str) else named:
@@ -209,20 +199,16 @@ def _implemented(config: Mapping[str, Any]) -> bool:
     )
 
 
-def _mlx_lm() -> Path | None:
-    spec = importlib.util.find_spec("mlx_lm")  # finds a top-level package without running it
-    return Path(spec.origin).parent if spec is not None and spec.origin else None
-
-
 @functools.cache
-def _remappings(root: Path) -> tuple[dict[str, str], dict[tuple[str, str], str]]:
-    tables: dict[str, Any] = {}
-    for node in ast.parse((root / "utils.py").read_text(encoding="utf-8")).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
-            name = node.targets[0].id
-            if name in ("MODEL_REMAPPING", "MODEL_ARCHITECTURE_REMAPPING"):
-                tables[name] = ast.literal_eval(node.value)
-    return tables.get("MODEL_REMAPPING", {}), tables.get("MODEL_ARCHITECTURE_REMAPPING", {})
+def _remappings(root: Path) -> dict[str, Any]:
+    """The tables of that name in mlx_lm.utils."""
+    return {
+        node.targets[0].id: ast.literal_eval(node.value)
+        for node in ast.parse((root / "utils.py").read_text(encoding="utf-8")).body
+        if isinstance(node, ast.Assign)
+        and isinstance(node.targets[0], ast.Name)
+        and node.targets[0].id.endswith("_REMAPPING")
+    }
 
 
 def describe_remote(name: str, folder: Path) -> dict[str, Any]:

@@ -6,6 +6,7 @@ Darwin's, and neither is ever tried on the other. Never imports MLX: it looks at
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import glob
 import importlib.metadata
@@ -19,6 +20,9 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
+
+from penstock.errors import StartProblem
 
 _OPENBLAS = (
     "/usr/lib/{machine}-linux-gnu/openblas-pthread/libopenblas.so.0",
@@ -28,7 +32,10 @@ _OPENBLAS = (
     "/usr/lib/libopenblas.so.0",
     "/usr/local/lib/libopenblas.so.0",
 )
+_RXT_CONNDROPTIME = 0x80
+"""Darwin's TCP_USER_TIMEOUT, in seconds; Python has no name for it."""
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+BACKLOG = 1024
 OPENBLAS_HINT = "MLX's CPU matmul is 10 to 20 times slower without it: apt-get install libopenblas0-pthread"
 
 
@@ -40,15 +47,8 @@ def backend() -> str | None:
     places = list(spec.submodule_search_locations or ()) if spec is not None else []
     if not any((Path(place) / "lib" / "libmlx.so").is_file() for place in places):
         return None
-    return "cuda" if any(_installed(name) for name in ("mlx-cuda-13", "mlx-cuda-12")) else "cpu"
-
-
-def _installed(distribution: str) -> bool:
-    try:
-        importlib.metadata.version(distribution)
-    except importlib.metadata.PackageNotFoundError:
-        return False
-    return True
+    cuda = (importlib.metadata.distributions(name=name) for name in ("mlx-cuda-13", "mlx-cuda-12"))
+    return "cuda" if any(map(any, cuda)) else "cpu"
 
 
 def backend_problem() -> str | None:
@@ -97,13 +97,25 @@ def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
     return environment
 
 
-class PortProblem(Exception):
-    """The port cannot be listened on. `exit_code` is 1 where a restart may mend it, else 2."""
+class PortProblem(StartProblem):
+    """The port cannot be listened on."""
 
-    def __init__(self, sentence: str, exit_code: int) -> None:
-        super().__init__(sentence)
-        self.sentence = sentence
-        self.exit_code = exit_code
+
+def notice_vanished_peer(sock: Any, seconds: int) -> None:
+    """Let a TCP connection fail whose peer has answered nothing for so long, sent to or not.
+
+    By probes where nothing is under way; where something is by the time that it stays unacknowledged, which
+    on Linux is also how long a peer may read nothing at all.
+    """
+    probe = {"SO_KEEPALIVE": 1, "TCP_KEEPINTVL": max(1, seconds // 4), "TCP_KEEPCNT": 2}
+    probe |= {name: max(1, seconds // 2) for name in ("TCP_KEEPIDLE", "TCP_KEEPALIVE")}
+    for name, value in {**probe, "TCP_USER_TIMEOUT": seconds * 1000}.items():
+        level = socket.SOL_SOCKET if name.startswith("SO") else socket.IPPROTO_TCP
+        with contextlib.suppress(OSError, AttributeError):  # each system has some of them
+            sock.setsockopt(level, getattr(socket, name), value)
+    if sys.platform == "darwin":
+        with contextlib.suppress(OSError):
+            sock.setsockopt(socket.IPPROTO_TCP, _RXT_CONNDROPTIME, seconds)
 
 
 @dataclass(frozen=True)
@@ -114,33 +126,27 @@ class Holder:
     name: str
 
 
-def listen(host: str, port: int, backlog: int = 1024) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
     """A listening TCP socket. Raises PortProblem with one sentence."""
     try:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
+        both = family == socket.AF_INET6 and socket.has_dualstack_ipv6()
+        return socket.create_server(address, family=family, backlog=BACKLOG, dualstack_ipv6=both)
     except socket.gaierror:
-        raise PortProblem(f"--host {host}: no such address.", 2) from None
-    listener = socket.socket(family, socket.SOCK_STREAM)
-    try:
-        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listener.bind(address)
-        listener.listen(backlog)
+        raise PortProblem(f"--host {host}: no such address.") from None
     except PermissionError:
-        listener.close()
         raise PortProblem(
-            f"Port {port} needs rights that this user has not got: take one above 1023.", 2
+            f"Port {port} needs rights that this user has not got: take one above 1023."
         ) from None
     except OSError as error:
-        listener.close()
-        raise PortProblem(_why_not(host, port, error), 1) from None
-    return listener
+        raise PortProblem(_why_not(host, port, error), exit_code=1) from None
 
 
 def _why_not(host: str, port: int, error: OSError) -> str:
     if error.errno != errno.EADDRINUSE:
-        return f"{host}:{port} cannot be listened on: {error.strerror}."
+        return f"{host}:{port} cannot be listened on: {os.strerror(error.errno or 0)}."
     holder = port_holder(port)
     by = f" by {holder.name} (process {holder.pid})" if holder else ""
     return f"Port {port} is in use{by}: end it, or choose another with --port."

@@ -13,18 +13,9 @@ import sys
 
 from penstock import config, log, models, platform
 from penstock.cli import arguments
+from penstock.errors import StartProblem
 from penstock.memory.probe import system_probe
 from penstock.sizes import gigabytes
-
-MENDED_BY_USER, MENDED_BY_RESTART = 2, 1
-
-
-class Refusal(Exception):
-    """The command ends here: a sentence for stderr and an exit code."""
-
-    def __init__(self, sentence: str, exit_code: int = MENDED_BY_USER) -> None:
-        super().__init__(sentence)
-        self.exit_code = exit_code
 
 
 def run(asked: argparse.Namespace) -> int:
@@ -35,9 +26,9 @@ def run(asked: argparse.Namespace) -> int:
             sys.stdout.write(arguments.as_toml(resolved))
             return 0
         examine(resolved.options)
-    except (Refusal, config.ConfigError) as refused:
-        print(f"penstock: {refused}", file=sys.stderr)
-        return refused.exit_code if isinstance(refused, Refusal) else MENDED_BY_USER
+    except (StartProblem, config.ConfigError) as problem:
+        print(f"penstock: {problem}", file=sys.stderr)
+        return getattr(problem, "exit_code", 2)
     options = resolved.options
     log.setup(options.log_level)
     for name in config.unknown_variables(os.environ):
@@ -48,19 +39,19 @@ def run(asked: argparse.Namespace) -> int:
 
 
 def examine(options: config.Options) -> None:
-    """Raise Refusal for the first thing that keeps these options from being served."""
+    """Raise StartProblem for the first thing that keeps these options from being served."""
     if sentence := config.refusal(options):
-        raise Refusal(sentence)
+        raise StartProblem(sentence)
     if not options.demo and options.model is None:
-        raise Refusal(choices(models.found_in_cache()))
+        raise StartProblem(choices(models.found_in_cache()))
     if options.demo and options.model is not None:
-        raise Refusal("--demo and a model exclude each other: take one of them away.")
+        raise StartProblem("--demo and a model exclude each other: take one of them away.")
     if options.api_key is None and not is_loopback(options.host):
-        raise Refusal(f"--host {options.host} can be reached from other machines: set --api-key too.")
+        raise StartProblem(f"--host {options.host} can be reached from other machines: set --api-key too.")
     if options.api_key == "":
-        raise Refusal("--api-key is empty: give a key, or leave it away.")
+        raise StartProblem("--api-key is empty: give a key, or leave it away.")
     if sentence := platform.backend_problem():
-        raise Refusal(sentence)
+        raise StartProblem(sentence)
     try:
         system_probe()
         if options.model is None:
@@ -68,10 +59,8 @@ def examine(options: config.Options) -> None:
         else:
             models.precheck(options.model, trust_remote_code=options.trust_remote_code)
         platform.listen(options.host, options.port).close()
-    except (models.ModelProblem, platform.PortProblem) as problem:
-        raise Refusal(problem.sentence, problem.exit_code) from None
     except ValueError as pretended:
-        raise Refusal(f"{pretended}.") from None
+        raise StartProblem(f"{pretended}.") from None
 
 
 def is_loopback(host: str) -> bool:
