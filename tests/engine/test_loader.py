@@ -10,7 +10,8 @@ import mlx.core as mx
 import pytest
 from tests.support import tiny_models
 
-from penstock.engine import loader
+from penstock.engine import calibrate, loader
+from penstock.engine.batch import Runner
 
 
 @pytest.fixture(scope="module")
@@ -67,20 +68,23 @@ def test_where_the_stand_in_does_not_fit_the_plain_import_serves(directory: Path
 
 
 def test_facts_are_measured_on_the_models_own_caches(directory: Path) -> None:
-    facts = loader.load(directory).facts
+    loaded = loader.load(directory)
+    facts, costs = loaded.facts, calibrate.costs_of(Runner(loaded.model))
     assert facts.model_type == "qwen3_5"
     assert facts.context_length == 4096
     assert facts.eos_ids == {tiny_models.END_OF_TURN}
     assert facts.vocab_size == tiny_models.VOCAB
-    assert facts.kv_bytes_per_token == 1 * 2 * 2 * 16 * 4  # layers, K and V, heads, width, float32
-    assert facts.state_bytes == 3 * (3 * 128 + 4 * 16 * 16) * 4  # layers, convolution and recurrent state
+    assert costs.kv_per_token == 1 * 2 * 2 * 16 * 4  # layers, K and V, heads, width, float32
+    assert costs.states == 3 * (3 * 128 + 4 * 16 * 16) * 4  # layers, convolution and recurrent state
     assert facts.weights_bytes >= sum(path.stat().st_size for path in directory.glob("*.safetensors")) * 0.9
 
 
 def test_a_window_counts_apart() -> None:
-    facts = loader.measure(tiny_models.build("gemma3_text"))
-    assert (facts.kv_bytes_per_token, facts.windows) == (2 * 2 * 2 * 16 * 4, (24,))
-    assert facts.window_bytes == 24 * facts.kv_bytes_per_token
+    model = tiny_models.build("gemma3_text")
+    costs, layers = calibrate.costs_of(Runner(model)), 2
+    assert (costs.kv_per_token, loader.measure(model).windows) == (layers * 2 * 2 * 16 * 4, (24,))
+    growing = costs.kv_per_token // layers  # a window grows by concatenation, so one of them exists twice
+    assert costs.fixed == (layers + 1) * 24 * growing
 
 
 @pytest.mark.parametrize(
@@ -184,7 +188,7 @@ def test_bfloat16_is_computed_in_float32_on_a_cpu(tmp_path: Path) -> None:
     mx.save_safetensors(str(tmp_path / "model.safetensors"), half, metadata={"format": "mlx"})
     loaded = loader.load(tmp_path)
     assert loaded.model.model.embed_tokens.weight.dtype == mx.float32
-    assert loaded.facts.kv_bytes_per_token == 1024
+    assert calibrate.costs_of(Runner(loaded.model)).kv_per_token == 1024
 
 
 def test_quantised_weights_stay(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -41,7 +41,7 @@ class LoadError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class ModelFacts:
-    """What the scheduler, the ledger and the clients are told about the model. Bytes are of one row."""
+    """What the scheduler and the clients are told about the model."""
 
     model_type: str
     context_length: int
@@ -50,13 +50,7 @@ class ModelFacts:
     vocab_size: int
     """Width of the logits, which may exceed the tokenizer's vocabulary."""
     weights_bytes: int
-    """Allocated, of a model in memory; else by the arrays' shapes."""
-    kv_bytes_per_token: int
-    """Over all layers whose keys and values grow with the row."""
-    window_bytes: int
-    """Over all layers with a sliding window, when it is full."""
-    state_bytes: int
-    """Over all recurrent layers."""
+    """By the arrays' shapes, in memory or not."""
     windows: tuple[int, ...]
     """The different window sizes, in positions."""
 
@@ -78,9 +72,7 @@ def load(path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)
         mx.eval(model.parameters())
-        facts = measure(model, read_configs(directory))
-        held = sum(int(x.nbytes) for _, x in tree_flatten(model.parameters()))
-        return Loaded(model, config, replace(facts, weights_bytes=held))
+        return Loaded(model, config, measure(model, read_configs(directory)))
 
 
 def build(
@@ -120,27 +112,20 @@ def problems_of(directory: Path) -> Iterator[None]:
 def measure(model: Any, configs: Iterable[Mapping[str, Any]] = ()) -> ModelFacts:
     """The facts of a model, in memory or not; `configs` in order of precedence, the main one first.
 
-    Bytes come from the caches of one step that is built and never computed: shapes are known before.
+    They come from one step that is built and never computed: shapes are known before.
     """
     configs = list(configs)
     row = Row(make_prompt_cache(model), 1)
     logits = model(mx.zeros((1, 1), mx.int32), cache=row.caches)
-    windows = [leaf for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
+    windows = {leaf.max_size for leaf in row.leaves if isinstance(leaf, RotatingKVCache)}
     return ModelFacts(
         model_type=str(getattr(model, "model_type", "")),
         context_length=_context_length(configs),
         eos_ids=_eos_ids(configs),
         vocab_size=int(logits.shape[-1]),
         weights_bytes=sum(int(x.nbytes) for _, x in tree_flatten(model.parameters())),
-        kv_bytes_per_token=sum(cache.nbytes for cache in row.kv),
-        window_bytes=sum(_bytes_per_position(cache) * cache.max_size for cache in windows),
-        state_bytes=sum(array.nbytes for cache in row.states for array in cache.cache if array is not None),
-        windows=tuple(sorted({cache.max_size for cache in windows})),
+        windows=tuple(sorted(windows)),
     )
-
-
-def _bytes_per_position(cache: RotatingKVCache) -> int:
-    return sum(int(x.nbytes // x.shape[2]) for x in (cache.keys, cache.values) if x is not None)
 
 
 def read_configs(directory: Path) -> list[dict[str, Any]]:

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from penstock.engine import loader
+from penstock.engine import calibrate, loader
 from penstock.engine.batch import Runner
 
 STEPS = 6
@@ -39,40 +39,38 @@ COPIED_SHARE = 0.1
 
 @dataclass(frozen=True, slots=True)
 class Findings:
-    """How to run this model, and why. `difference` and `tolerance` are in nats."""
+    """How to run this model, and why."""
 
     mode: str
     reason: str
     pipelined: bool
-    difference: float = 0.0
-    tolerance: float = 0.0
 
 
 def probe(model: Any, forced: str = "auto") -> Findings:
     """Try the model; `forced` "ragged" or "serial" settles the mode without trying it."""
-    if forced != "auto":
-        return Findings(forced, "as told", pipelined=not copies(model, forced))
+    mode, reason = _mode(model) if forced == "auto" else (forced, "as told")
+    return Findings(mode, reason, pipelined=not copies(model, mode))
+
+
+def _mode(model: Any) -> tuple[str, str]:
     runner = Runner(model)
     if runner.mode == "serial":
-        return Findings("serial", runner.reason, pipelined=not copies(model, "serial"))
+        return "serial", runner.reason
     try:
         difference, tolerance = compare(runner, model)
     except Exception as error:  # model code may raise anything when it meets keys it can't handle
         words = f"{type(error).__name__}: {error}".splitlines()[0][:200]
-        return Findings("serial", f"a batch of unequal rows fails ({words})", not copies(model, "serial"))
+        return "serial", f"a batch of unequal rows fails ({words})"
     finally:
         runner.reset()
-    if not difference <= tolerance:  # a NaN is a difference
-        reason = (
-            f"a batch of unequal rows differs from single rows by {difference:.2g} (allowed {tolerance:.2g})"
-        )
-        return Findings("serial", reason, not copies(model, "serial"), difference, tolerance)
-    reason = f"equal to single rows within {difference:.2g}"
-    return Findings("ragged", reason, not copies(model, "ragged"), difference, tolerance)
+    if difference <= tolerance:  # a NaN is not
+        return "ragged", f"equal to single rows within {difference:.2g}"
+    allowed = f"(allowed {tolerance:.2g})"
+    return "serial", f"a batch of unequal rows differs from single rows by {difference:.2g} {allowed}"
 
 
 def compare(runner: Runner, model: Any) -> tuple[float, float]:
-    """The largest difference between rows in a batch and alone, and what rounding explains.
+    """The largest difference between rows in a batch and alone, and what rounding explains, in nats.
 
     In float32 the maximum over all ids counts. Else the yardstick is the model's own rounding: mlx-lm alone
     token by token and mlx-lm alone with all tokens in one pass are equally right, and differ by other kernels
@@ -172,10 +170,10 @@ def copies(model: Any, mode: str) -> bool:
     and launched ahead; a short row does so too, which tells what running ahead costs besides copies. Takes
     at most about twice `PROBE_BYTES` for a moment.
     """
-    per_token = loader.measure(model).kv_bytes_per_token
+    runner = Runner(model, mode)
+    per_token = calibrate.costs_of(runner).kv_per_token
     if not per_token:
         return False
-    runner = Runner(model, mode)
     length = min(max(64, PROBE_BYTES // per_token), PROBE_LENGTH)
     excess = [_peak(runner, n, ahead=True) - _peak(runner, n, ahead=False) for n in (length, 16)]
     return excess[0] - excess[1] > COPIED_SHARE * length * per_token

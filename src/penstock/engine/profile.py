@@ -39,9 +39,10 @@ def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: 
 def load(key: str) -> Transient | None:
     """The scalars stored under `key`, or None."""
     try:
-        return msgspec.json.decode(_path(key).read_bytes(), type=_Profile).transient()
+        stored = msgspec.json.decode(_path(key).read_bytes(), type=_Profile)
     except (OSError, ValueError):
         return None
+    return Transient(stored.chunk, stored.step, stored.costly_draw)
 
 
 def save(key: str, transient: Transient) -> None:
@@ -62,9 +63,6 @@ class _Profile(msgspec.Struct, frozen=True):
     chunk: Curve
     step: Scalars
     costly_draw: int
-
-    def transient(self) -> Transient:
-        return Transient(self.chunk, self.step, self.costly_draw)
 
 
 def _path(key: str) -> Path:
