@@ -12,6 +12,7 @@ import ctypes
 import ctypes.util
 import json
 import os
+import re
 import resource
 import struct
 from collections.abc import Mapping
@@ -99,57 +100,42 @@ class LinuxProbe:
 
     def machine(self) -> Machine:
         """The limits that hold for this process and its children."""
-        return Machine(self._meminfo().get("MemTotal"), self._cgroup_limit(), _rlimit())
+        limits = [limit for limit, _ in self._cgroups()]
+        return Machine(self._kilobytes("proc/meminfo").get("MemTotal"), min(limits, default=None), _rlimit())
 
     def read(self, pid: int) -> Reading:
         """MemAvailable within the cgroup's room, PSI, and VmRSS + VmSwap of `pid`."""
-        available = self._meminfo().get("MemAvailable")
-        room = self._cgroup_room()
-        if room is not None:
-            available = room if available is None else min(available, room)
-        status = _kilobyte_lines(self._text(f"proc/{pid}/status"))
+        free = [max(0, limit - usage) for limit, usage in self._cgroups() if usage is not None]
+        memory, status = self._kilobytes("proc/meminfo"), self._kilobytes(f"proc/{pid}/status")
+        if "MemAvailable" in memory:
+            free.append(memory["MemAvailable"])
         footprint = status["VmRSS"] + status.get("VmSwap", 0) if "VmRSS" in status else None
-        return Reading(available, self._pressure(), footprint, status.get("VmData"))
-
-    def _meminfo(self) -> dict[str, int]:
-        return _kilobyte_lines(self._text("proc/meminfo"))
+        return Reading(min(free, default=None), self._pressure(), footprint, status.get("VmData"))
 
     def _pressure(self) -> Pressure:
-        shares = {}
-        for line in self._text("proc/pressure/memory").splitlines():
-            kind, *pairs = line.split()
-            shares[kind] = next((float(p[6:]) for p in pairs if p.startswith("avg10=")), 0.0)
+        told = self._text("proc/pressure/memory")
+        shares = {kind: float(share) for kind, share in re.findall(r"(some|full) avg10=([\d.]+)", told)}
         if shares.get("full", 0.0) >= self.STALL_CRITICAL:
             return Pressure.CRITICAL
         return Pressure.WARN if shares.get("some", 0.0) >= self.STALL_WARN else Pressure.NORMAL
 
-    def _cgroups(self) -> list[tuple[Path, str, str]]:
-        """(directory, limit's file, usage's file), from the process's own group up."""
+    def _cgroups(self) -> list[tuple[int, int | None]]:
+        """(limit, usage) of each cgroup with a limit, from the process's own up."""
         found = []
         for line in self._text("proc/self/cgroup").splitlines():
             _, controllers, path = line.split(":", 2)
-            if controllers not in ("", "memory") and "memory" not in controllers.split(","):
+            if not controllers:
+                base, names = "sys/fs/cgroup", ("memory.max", "memory.current")
+            elif "memory" in controllers.split(","):
+                base, names = "sys/fs/cgroup/memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
+            else:
                 continue
-            base = self.root / "sys/fs/cgroup"
-            names = ("memory.max", "memory.current")
-            if controllers:
-                base, names = base / "memory", ("memory.limit_in_bytes", "memory.usage_in_bytes")
-            parts = [p for p in path.split("/") if p not in ("", "..")]
-            found += [(base.joinpath(*parts[:i]), *names) for i in range(len(parts), -1, -1)]
+            parts = [part for part in path.split("/") if part not in ("", "..")]
+            for depth in range(len(parts), -1, -1):
+                limit, usage = (self._number("/".join((base, *parts[:depth], name))) for name in names)
+                if limit is not None and limit < 1 << 60:  # v1 says 'no limit' by a number near 2^63
+                    found.append((limit, usage))
         return found
-
-    def _cgroup_limit(self) -> int | None:
-        limits = [self._number(where / limit) for where, limit, _ in self._cgroups()]
-        # v1 says 'no limit' by a number near 2^63.
-        return min((n for n in limits if n is not None and n < 1 << 60), default=None)
-
-    def _cgroup_room(self) -> int | None:
-        rooms = []
-        for where, limit_name, usage_name in self._cgroups():
-            limit, usage = self._number(where / limit_name), self._number(where / usage_name)
-            if limit is not None and limit < 1 << 60 and usage is not None:
-                rooms.append(max(0, limit - usage))
-        return min(rooms, default=None)
 
     def _text(self, path: str) -> str:
         try:
@@ -157,11 +143,14 @@ class LinuxProbe:
         except OSError:
             return ""
 
-    def _number(self, path: Path) -> int | None:
-        try:
-            return int(path.read_text())
-        except (OSError, ValueError):
-            return None
+    def _number(self, path: str) -> int | None:
+        text = self._text(path).strip()
+        return int(text) if text.isdigit() else None
+
+    def _kilobytes(self, path: str) -> dict[str, int]:
+        """A file's lines such as 'MemTotal:  24 kB', in bytes."""
+        lines = re.findall(r"^(\w+):\s+(\d+) kB$", self._text(path), re.MULTILINE)
+        return {name: int(size) * 1024 for name, size in lines}
 
 
 class DarwinProbe:
@@ -179,17 +168,10 @@ class DarwinProbe:
 
     def read(self, pid: int) -> Reading:
         """The kernel's pressure level and the process's phys_footprint, which counts Metal's buffers."""
-        level = self.system.integer("kern.memorystatus_vm_pressure_level")
-        known = level in tuple(Pressure)
-        return Reading(
-            None, Pressure(level) if level is not None and known else Pressure.NORMAL, self._footprint(pid)
-        )
-
-    def _footprint(self, pid: int) -> int | None:
-        usage = self.system.rusage(pid)
-        if usage is None:
-            return None
-        return int(struct.unpack_from("=Q", usage, self.FOOTPRINT_OFFSET)[0])
+        level, usage = self.system.integer("kern.memorystatus_vm_pressure_level"), self.system.rusage(pid)
+        pressure = Pressure(level) if level in tuple(Pressure) else Pressure.NORMAL
+        footprint = None if usage is None else struct.unpack_from("=Q", usage, self.FOOTPRINT_OFFSET)[0]
+        return Reading(None, pressure, footprint)
 
 
 class _Darwin:
@@ -235,14 +217,3 @@ def system_probe(environment: Mapping[str, str] | None = None) -> Probe:
 def _rlimit() -> int | None:
     limits = [resource.getrlimit(which)[0] for which in (resource.RLIMIT_DATA, resource.RLIMIT_AS)]
     return min((n for n in limits if n != resource.RLIM_INFINITY), default=None)
-
-
-def _kilobyte_lines(text: str) -> dict[str, int]:
-    """Lines such as 'MemTotal:  24 kB' as bytes."""
-    found = {}
-    for line in text.splitlines():
-        name, _, rest = line.partition(":")
-        words = rest.split()
-        if len(words) == 2 and words[1] == "kB":
-            found[name] = int(words[0]) * 1024
-    return found
