@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock import log
+from penstock import log, wire
 
 
 class Terminal(io.StringIO):
@@ -112,10 +112,9 @@ def test_a_prefill_that_is_done_or_gone_starts_afresh() -> None:
     assert pace.note("1", 0, 100, 60.0) is None
     pace.forget("1")
     assert pace.note("1", 0, 100, 70.0) is None
-    assert pace._first.keys() == {"1"}
+    assert pace._open.keys() == {"1"}
     pace.forget("1")
-    assert not pace._first
-    assert not pace._said
+    assert not pace._open
 
 
 def test_stalled_progress_has_no_estimate() -> None:
@@ -189,28 +188,28 @@ def test_a_lost_stderr_is_no_error(stream: io.StringIO) -> None:
     log.start_line("nobody hears this")
 
 
-BANNER = log.Banner(
-    model="demo",
+READY = wire.Ready(
+    model_type="demo",
     backend="cpu",
+    device="x86_64",
     batch_mode="ragged",
+    batch_reason="",
     context_length=8192,
+    eos_ids=[],
+    vocab_size=1,
     weights_bytes=8_000_000,
     kv_bytes_per_token=4096,
     state_bytes=1_250_000,
+    versions={},
     ceiling=23_100_000_000,
     decided_by="physical memory",
-    longest=8192,
-    host="127.0.0.1",
-    port=8080,
-    seconds=1.23,
-    demo=True,
 )
 
 
-def test_the_banner_tells_what_is_served_in_few_lines() -> None:
-    lines = BANNER.lines()
+def test_the_banner_tells_what_is_served_in_few_lines(stream: io.StringIO) -> None:
+    lines = log.banner(READY, model="demo", url="http://127.0.0.1:8080", seconds=1.23, demo=True)
     assert lines[0] == (
-        "ready in 1.2 s: demo on cpu, ragged batches, context 8,192 tokens, weights 8.0 MB, "
+        "ready in 1.2 s: demo on cpu (x86_64), ragged batches, context 8,192 tokens, weights 8.0 MB, "
         "KV 4.1 KB a token + 1.2 MB a sequence"
     )
     assert "demo model: 4M parameters, for trying the server, not for answers" in lines
@@ -219,6 +218,8 @@ def test_the_banner_tells_what_is_served_in_few_lines() -> None:
         "memory 23.1 GB (physical memory): 23.1 GB beside the weights, longest prompt 8,192 tokens" in lines
     )
     assert len(lines) <= 7
+    log.say(lines)
+    assert stream.getvalue().splitlines()[-2:] == lines[-2:]
 
 
 def test_addresses_are_ones_that_a_client_can_use() -> None:

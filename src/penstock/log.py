@@ -13,12 +13,13 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TextIO
 
-from penstock import demo
+from penstock.demo import BANNER
 from penstock.sizes import gigabytes
+from penstock.wire import Ready
 
 _ADVICE_OFF = {
     "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1",
@@ -67,8 +68,10 @@ class RequestRecord:
 class Repeats:
     """Sums events of a kind: the first is said at once, those of the next second together after it. Pure."""
 
-    def __init__(self, every: float = 1.0) -> None:
-        self._every = every
+    EVERY = 1.0
+    """Seconds."""
+
+    def __init__(self) -> None:
         self._said: dict[str, float] = {}
         self._pending: dict[str, tuple[int, str]] = {}
 
@@ -76,16 +79,16 @@ class Repeats:
         """An event at `now` (seconds, monotonic); the line to say for it, or None if it waits."""
         count, _ = self._pending.get(kind, (0, ""))
         self._pending[kind] = (count + 1, message)
-        return self._say(kind, now) if now - self._said.get(kind, float("-inf")) >= self._every else None
+        return self._say(kind, now) if now - self._said.get(kind, float("-inf")) >= self.EVERY else None
 
     def due(self, now: float) -> list[str]:
         """The lines for events that have waited long enough."""
-        ripe = [kind for kind in self._pending if now - self._said[kind] >= self._every]
+        ripe = [kind for kind in self._pending if now - self._said[kind] >= self.EVERY]
         return [self._say(kind, now) for kind in ripe]
 
     def next_due(self) -> float | None:
         """When `due` will have something to say; None: nothing waits."""
-        return min((self._said[kind] + self._every for kind in self._pending), default=None)
+        return min((self._said[kind] + self.EVERY for kind in self._pending), default=None)
 
     def _say(self, kind: str, now: float) -> str:
         count, message = self._pending.pop(kind)
@@ -96,20 +99,19 @@ class Repeats:
 class PrefillPace:
     """Decides when a prefill's progress is worth a line, and estimates what is left. Pure."""
 
-    def __init__(self, every: float = PROGRESS_EVERY) -> None:
-        self._every = every
-        self._first: dict[str, tuple[float, int]] = {}
-        self._said: dict[str, float] = {}
+    def __init__(self) -> None:
+        self._open: dict[str, tuple[float, int, float]] = {}
+        """When and where a prefill was first seen, and when it was last spoken of."""
 
     def note(self, id: str, done: int, total: int, now: float) -> str | None:
         """Progress at `now` (seconds, monotonic); the line for it, or None if it is too soon for one."""
         if done >= total:
             self.forget(id)
             return None
-        began, done_then = self._first.setdefault(id, (now, done))
-        if now - self._said.get(id, began) < self._every:
+        began, done_then, said = self._open.setdefault(id, (now, done, now))
+        if now - said < PROGRESS_EVERY:
             return None
-        self._said[id] = now
+        self._open[id] = began, done_then, now
         line = f"req {id}: prefill {done:,}/{total:,}, {100 * done // total} %"
         if done > done_then:
             line += f", ~{(now - began) / (done - done_then) * (total - done):.0f} s left"
@@ -117,8 +119,7 @@ class PrefillPace:
 
     def forget(self, id: str) -> None:
         """The request's prefill has ended, one way or another."""
-        self._first.pop(id, None)
-        self._said.pop(id, None)
+        self._open.pop(id, None)
 
 
 class _Lines(logging.Handler):
@@ -168,12 +169,10 @@ def setup(level: str = "INFO", stream: TextIO | None = None) -> None:
     lines = _Lines(stream or sys.stderr)
     lines.setFormatter(_Form())
     logging.getLogger().handlers[:] = [logging.NullHandler()]
-    logger.handlers[:], logger.propagate = [lines], False
-    logger.setLevel(level)
-    for name in _OUR_BUGS:
-        library = logging.getLogger(name)
-        library.handlers[:], library.propagate = [lines], False
-        library.setLevel(logging.ERROR)
+    for name, least in {logger.name: level, **dict.fromkeys(_OUR_BUGS, "ERROR")}.items():
+        spoken = logging.getLogger(name)
+        spoken.handlers[:], spoken.propagate = [lines], False
+        spoken.setLevel(least)
 
 
 def start_line(text: str) -> None:
@@ -183,25 +182,20 @@ def start_line(text: str) -> None:
 
 def request_done(record: RequestRecord) -> None:
     """The one line of a request that was answered to its end."""
-    request_over(record.id)
+    _pace.forget(record.id)
     logger.info(record.line())
 
 
 def request_cancelled(id: str, generated: int) -> None:
     """The one quiet line of a request whose client went away."""
-    request_over(id)
+    _pace.forget(id)
     logger.info(f"req {id}: client gone after {generated:,} tokens")
 
 
 def request_failed(id: str, label: str, message: str) -> None:
     """The one line of a request that ended in an error; `label` is the error kind's."""
-    request_over(id)
-    logger.warning(f"req {id}: {label}: {message}")
-
-
-def request_over(id: str) -> None:
-    """Nothing more will be said of the request's prefill."""
     _pace.forget(id)
+    logger.warning(f"req {id}: {label}: {message}")
 
 
 def progress(id: str, done: int, total: int) -> None:
@@ -250,50 +244,33 @@ def bug(what: str, error: BaseException) -> None:
     logger.error(f"a fault in penstock: {what}", exc_info=error)
 
 
-@dataclass(frozen=True, kw_only=True)
-class Banner:
-    """What the server says of itself once it can answer. Sizes in bytes, `seconds` since the command."""
+def banner(
+    ready: Ready, *, model: str, url: str, seconds: float, demo: bool = False, keyed: bool = False
+) -> list[str]:
+    """What the server says once it can answer, `seconds` after the command: at most seven lines.
 
-    model: str
-    backend: str
-    batch_mode: str
-    context_length: int
-    weights_bytes: int
-    kv_bytes_per_token: int
-    state_bytes: int
-    ceiling: int
-    decided_by: str
-    longest: int
-    host: str
-    port: int
-    seconds: float
-    demo: bool = False
-    keyed: bool = False
-
-    def lines(self) -> list[str]:
-        """At most seven lines; the last two can be pasted into a shell as they are."""
-        url = base_url(self.host, self.port)
-        state = f" + {self.state_bytes / 1e6:,.1f} MB a sequence" if self.state_bytes else ""
-        said = [
-            f"ready in {self.seconds:.1f} s: {self.model} on {self.backend}, {self.batch_mode} batches, "
-            f"context {self.context_length:,} tokens, weights {gigabytes(self.weights_bytes)}, "
-            f"KV {self.kv_bytes_per_token / 1e3:,.1f} KB a token{state}",
-        ]
-        if self.ceiling:
-            said.append(
-                f"memory {gigabytes(self.ceiling)} ({self.decided_by}): "
-                f"{gigabytes(self.ceiling - self.weights_bytes)} beside the weights, "
-                f"longest prompt {self.longest:,} tokens"
-            )
-        if self.demo:
-            said.append(demo.BANNER)
-        said.append(f"serving {url}/v1")
-        return [*said, *pasteable(url, keyed=self.keyed)]
+    The last two can be pasted into a shell as they are.
+    """
+    state = f" + {ready.state_bytes / 1e6:,.1f} MB a sequence" if ready.state_bytes else ""
+    said = [
+        f"ready in {seconds:.1f} s: {model} on {ready.backend} ({ready.device}), {ready.batch_mode} batches, "
+        f"context {ready.context_length:,} tokens, weights {gigabytes(ready.weights_bytes)}, "
+        f"KV {ready.kv_bytes_per_token / 1e3:,.1f} KB a token{state}",
+    ]
+    if ready.ceiling:
+        said.append(
+            f"memory {gigabytes(ready.ceiling)} ({ready.decided_by}): "
+            f"{gigabytes(ready.ceiling - ready.weights_bytes)} beside the weights, "
+            f"longest prompt {ready.max_model_len:,} tokens"
+        )
+    if demo:
+        said.append(BANNER)
+    return [*said, f"serving {url}/v1", *pasteable(url, keyed=keyed)]
 
 
-def ready(banner: Banner) -> None:
-    """The end of the start."""
-    for text in banner.lines():
+def say(lines: Iterable[str]) -> None:
+    """Lines of the start's end; commands stand bare."""
+    for text in lines:
         logger.info(text, extra={"bare": text.startswith(("curl", "python"))})
 
 
