@@ -121,8 +121,9 @@ class Loop:
         """One turn: take what has arrived, run one step, report it."""
         self._receive()
         try:
-            if not self.pipelined or self._read_first():
+            if (not self.pipelined or self._read_first()) and self.in_flight is not None:
                 self._read()
+                self._receive()  # what arrived while it ran need not wait for one more
             plan = self._plan()
             self.runnable = bool(plan)
             launched = self._launch(plan) if plan else None
@@ -183,6 +184,7 @@ class Loop:
         self.counts[type(measure).__name__.lower()] += 1
         match measure:
             case Admit(sequence, capacity):
+                measure.book()
                 self.accounts.admit(sequence, capacity)
                 sequence.row = self.runner.open(capacity)
                 sequence.capacity = capacity

@@ -7,21 +7,31 @@ Sequences are read, never changed.
 A plan: rows that grow, rows that decode, at most one prefill chunk, and the bytes of the step's transient, so
 that the ledger can grant all of it before anything is launched. Measures for bytes that last (a row, a growth
 step), in order: clear the allocator's pool, evict cached segments, stop admitting, preempt the youngest row,
-end that one request. For a transient the chunk shrinks first, down to its floor. The oldest row is never
-preempted, so it ends, hence every row ends.
+pass the budget up to the ceiling where one row is left, end that one request. For a transient the chunk
+shrinks first, down to its floor. The oldest row is never preempted, so it ends, hence every row ends.
+
+Who waits comes on board by age. Where the first in line does not fit yet, younger ones that do may pass it:
+otherwise one large prompt leaves the budget half empty while it waits for its share. They may pass with
+`OVERTAKING` times its own ids in all, so a large one waits for what is in proportion to itself; then the
+board drains until it fits. Nobody passes a preempted one: what it gave up would never come together again.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from penstock.engine.sequence import Sequence
 from penstock.memory.costs import CHUNK_FLOOR, Costs, grown
 from penstock.memory.predict import Transient
 
-LONE_CHUNK = 2.0
-"""Seconds that a chunk may take while nobody streams: a cancel waits for it, and so does a new request."""
+LONE_CHUNK = 1.5
+"""Stall targets that a chunk may take while nobody streams: a new request waits for it, and perhaps for one
+more chunk that is owed to the oldest, and shall have its first id within three."""
+OVERTAKING = 3
+"""Of its own ids: rows with room for that many may go on board before one that waits for room."""
+LOOK_AHEAD = 32
+"""How many that wait are looked at in a step."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,10 +96,16 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Admit:
-    """Give a waiting sequence a row of this capacity."""
+    """Give a waiting sequence a row of this capacity, perhaps past an older one that does not fit yet."""
 
     sequence: Sequence
     capacity: int
+    past: Sequence | None = None
+
+    def book(self) -> None:
+        """Count what was let past, when it goes on board."""
+        if self.past is not None:
+            self.past.overtaken += self.capacity
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +129,7 @@ class Preempt:
 
 @dataclass(frozen=True, slots=True)
 class GiveUp:
-    """End the one sequence on board: nothing else is left to give, and its next step does not fit."""
+    """End the one sequence on board, or the first that waits: with all the rest gone it does not fit."""
 
     sequence: Sequence
 
@@ -125,22 +141,22 @@ def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | 
     """The next step's work, or what has to happen before it."""
     ordered = sorted(sequences, key=lambda s: s.arrival)
     on_board = [s for s in ordered if s.row is not None]
-    free = room.free + (room.slack if len(on_board) == 1 else 0)
+    free = room.free
     stepping = _company(on_board, facts.apart)
     decode = tuple(s for s in stepping if s.decodable)
     grow = tuple((s, _next_capacity(s)) for s in decode if s.launched + 1 > s.capacity)
     lasting, transient = _step_bytes(decode, grow, facts)
-    if lasting + transient > free:
-        return _make_room(lasting + transient - free, room, on_board)
     free -= lasting + transient
+    if measure := _make_room(-free, room, on_board):
+        return measure
     streams_run = any(s.decodable for s in on_board)
     chunk = _chunk([s for s in stepping if s.prefill_left], streams_run, facts, free)
     if chunk is not None:
         needed = facts.transient.prefill(chunk.length, chunk.sequence.launched)
-        if needed > free:
-            return _make_room(needed - free, room, on_board)
         transient += needed
         free -= needed
+        if measure := _make_room(-free, room, on_board):
+            return measure
     return _admission(ordered, on_board, facts, room, free) or Plan(grow, decode, chunk, transient)
 
 
@@ -175,24 +191,43 @@ def _step_bytes(
     return lasting, drawing + moving + regroup
 
 
-def _make_room(lacking: int, room: Room, on_board: list[Sequence]) -> Measure:
-    """The next measure for bytes that the rows on board cannot do without."""
+def _make_room(lacking: int, room: Room, on_board: list[Sequence]) -> Measure | None:
+    """The next measure for bytes that the rows on board cannot do without; None: nothing lacks, or can."""
+    if lacking <= 0:
+        return None
     if room.pool > 0:
         return ClearPool()
     if room.evictable > 0:
         return Evict(lacking)
-    return Preempt(on_board[-1]) if len(on_board) > 1 else GiveUp(on_board[0])
+    if len(on_board) > 1:
+        return Preempt(on_board[-1])
+    return GiveUp(on_board[0]) if on_board and lacking > room.slack else None
 
 
 def _admission(
     ordered: list[Sequence], on_board: list[Sequence], facts: Facts, room: Room, free: int
 ) -> Measure | None:
-    """Take the next waiting sequence on board, or make room for it at nobody's cost; None: it waits."""
-    sequence = next((s for s in ordered if s.row is None), None)
-    if sequence is None or len(on_board) >= facts.decode_concurrency:
+    """Take a waiting sequence on board, or make room for it at nobody's cost; None: all wait."""
+    waiting = [s for s in ordered if s.row is None]
+    if not waiting or len(on_board) >= facts.decode_concurrency:
         return None
-    if sequence.prefill_left and sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency:
-        return None
+    head = waiting[0]
+    allowed = OVERTAKING * head.first_capacity - head.overtaken
+    prompts_full = sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency
+    for sequence in waiting[: 1 if head.preempted_at is not None else LOOK_AHEAD]:
+        past = None if sequence is head else head
+        if (prompts_full and sequence.prefill_left) or (past and sequence.first_capacity > allowed):
+            continue
+        measure = _entry(sequence, on_board, facts, room, free)
+        if measure is not None:
+            return replace(measure, past=past) if isinstance(measure, Admit) else measure
+    return None
+
+
+def _entry(
+    sequence: Sequence, on_board: list[Sequence], facts: Facts, room: Room, free: int
+) -> Measure | None:
+    """Take this sequence on board, or make room for it at nobody's cost; None: it waits."""
     returning = sequence.preempted_at is not None
     if returning and on_board and sequence.preempted_at == facts.departures:
         return None
@@ -207,7 +242,8 @@ def _admission(
         return Admit(sequence, capacity)
     if lacking <= room.pool + room.evictable:
         return ClearPool() if room.pool > 0 else Evict(lacking)
-    return None
+    never = not on_board and lacking > room.pool + room.evictable + room.slack
+    return GiveUp(sequence) if never else None
 
 
 def _entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
@@ -226,7 +262,7 @@ def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts, free: int) 
     sequence = choose_prompt(prompts)
     length, why = facts.chunk_longest, "prefill_step_size"
     if facts.seconds_per_prefill_id:
-        seconds = facts.stall_target if streams_run else max(LONE_CHUNK, facts.stall_target)
+        seconds = facts.stall_target * (1 if streams_run else LONE_CHUNK)
         within = max(CHUNK_FLOOR, int(seconds / facts.seconds_per_prefill_id))
         if within < length:
             length, why = within, "stall target"

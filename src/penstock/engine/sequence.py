@@ -36,6 +36,7 @@ class Sequence:
         "limit",
         "min_tokens",
         "namespace",
+        "overtaken",
         "passed_over",
         "preempted_at",
         "prompt_length",
@@ -61,6 +62,7 @@ class Sequence:
         self.computed = 0
         self.accusation = Accusation((0, submit.apart), apart=True) if submit.apart else None
         self.passed_over = 0
+        self.overtaken = 0
         self.namespace = submit.namespace
         self.borders = submit.borders
         self.turn = submit.turn
