@@ -54,7 +54,7 @@ def run(options: Options) -> int:
     try:
         listener = platform.listen(options.host, options.port)
     except platform.PortProblem as problem:
-        log.logger.error(problem.sentence)
+        log.logger.error(str(problem))
         return problem.exit_code
     with listener:
         return asyncio.run(_Front(options).serve(listener))
@@ -139,20 +139,11 @@ class _Front:
         self._say_ready(ready, host, port)
 
     def _say_ready(self, ready: wire.Ready, host: str, port: int) -> None:
-        log.ready(
-            log.Banner(
+        log.say(
+            log.banner(
+                ready,
                 model=self.service.model_name,
-                backend=f"{ready.backend} ({ready.device})",
-                batch_mode=ready.batch_mode,
-                context_length=ready.context_length,
-                weights_bytes=ready.weights_bytes,
-                kv_bytes_per_token=ready.kv_bytes_per_token,
-                state_bytes=ready.state_bytes,
-                ceiling=ready.ceiling,
-                decided_by=ready.decided_by,
-                longest=ready.max_model_len,
-                host=host,
-                port=port,
+                url=log.base_url(host, port),
                 seconds=time.monotonic() - self.began,
                 demo=self.options.demo,
                 keyed=self.options.api_key is not None,
