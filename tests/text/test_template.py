@@ -229,7 +229,7 @@ def test_a_model_without_a_template(tmp_path: Path) -> None:
 
 
 def test_defaults_yield_to_the_request() -> None:
-    template = ChatTemplate({"default": "{{ a }}{{ b }}"}, default_kwargs={"a": 1, "b": 1})
+    template = ChatTemplate({"default": "{{ a }}{{ b }}"}).with_defaults({"a": 1, "b": 1})
     assert template.render([USER], None, kwargs={"a": 2}) == "21"
     assert template.with_defaults({"b": 3}).render([USER], None) == "13"
     assert template.render([USER], None) == "11"

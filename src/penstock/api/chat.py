@@ -126,7 +126,7 @@ class ChatRenderer(Renderer):
 
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         """Each token with its likeliest rivals."""
-        return {"content": [_logprob(entry) for entry in entries], "refusal": None} if entries else None
+        return {"content": entries, "refusal": None} if entries else None
 
 
 def _reasoning(delta: Delta) -> dict[str, Any]:
@@ -136,14 +136,3 @@ def _reasoning(delta: Delta) -> dict[str, Any]:
 def _tool_call(call: ToolCall) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
-
-
-def _logprob(entry: TokenLogprob) -> dict[str, Any]:
-    return {
-        "token": entry.token,
-        "logprob": entry.logprob,
-        "bytes": entry.bytes,
-        "top_logprobs": [
-            {"token": token, "logprob": logprob, "bytes": raw} for _, token, raw, logprob in entry.top
-        ],
-    }

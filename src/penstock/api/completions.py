@@ -106,6 +106,6 @@ class CompletionRenderer(Renderer):
         return {
             "tokens": [entry.token for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{token: logprob for _, token, _, logprob in entry.top} for entry in entries],
+            "top_logprobs": [{top.token: top.logprob for top in entry.top_logprobs} for entry in entries],
             "text_offset": offsets,
         }

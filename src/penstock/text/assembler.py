@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from msgspec import Struct
+
 from penstock.text.detokenizer import Detokenizer
 from penstock.text.formats import CONTENT, HEADER, REASONING, TOOL, ReasoningMarkers
 from penstock.text.scan import Patterns
@@ -24,15 +26,18 @@ from penstock.text.tokenizer import Tokenizer
 from penstock.text.tools import ToolCall, ToolFormat, usable_schemas
 
 
-@dataclass(frozen=True, slots=True)
-class TokenLogprob:
-    """An id as it was drawn, in nats; `top`: the likeliest as (id, token, bytes, logprob)."""
+class Likely(Struct, frozen=True):
+    """A token and its log-probability in nats, as OpenAI writes it."""
 
-    id: int
     token: str
-    bytes: list[int]
     logprob: float
-    top: list[tuple[int, str, list[int], float]]
+    bytes: list[int]
+
+
+class TokenLogprob(Likely, frozen=True):
+    """A token as it was drawn, with the likeliest ones at its place."""
+
+    top_logprobs: list[Likely]
 
 
 @dataclass(slots=True)
@@ -70,6 +75,8 @@ class Assembler:
     ) -> None:
         self.stopped_at: int | None = None
         """After a stop string: how many of the fed ids count, up to the one that completed it."""
+        self.stop: str | None = None
+        """That stop string."""
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._tools = tools
@@ -87,11 +94,11 @@ class Assembler:
         self._stop_held = ""
         self._mark_held = ""
         self._space = ""
-        self._call: list[str] = []
+        self._aside: list[str] = []
+        """The text of an open call, or of a header."""
         self._call_opening = ""
         self._call_origin = CONTENT
         self._calls = 0
-        self._header = ""
         self._said = False
         self._delta = Delta()
 
@@ -128,13 +135,11 @@ class Assembler:
             held, self._stop_held = self._stop_held, ""
             self._split(held)
         held, self._mark_held = self._mark_held, ""
+        self._say(held)
         if self._state == TOOL:
-            self._call.append(held)
             self._end_call("", readable=reason == "stop" and self.stopped_at is None)
-        else:
-            self._say(held)
-        if self._state == HEADER and not self._said:
-            self._emit(CONTENT, self._header)
+        elif self._state == HEADER and not self._said:
+            self._emit(CONTENT, "".join(self._aside))
         else:
             self._emit(self._state, self._space)
         if reason == "length" and self.stopped_at is None:
@@ -156,7 +161,7 @@ class Assembler:
             self._stop_held = text[cut:]
         else:
             self._stop_held = ""
-            self.stopped_at = self._fed
+            self.stopped_at, self.stop = self._fed, match
         return self._split(text[:cut])
 
     def _split(self, text: str) -> None:
@@ -176,11 +181,8 @@ class Assembler:
 
     def _say(self, text: str) -> None:
         """Text of the current state, white space at its end kept back."""
-        if self._state == TOOL:
-            self._call.append(text)
-            return
-        if self._state == HEADER:
-            self._header += text
+        if self._state in (TOOL, HEADER):
+            self._aside.append(text)
             return
         if self._fresh:
             text = text.lstrip()
@@ -193,9 +195,7 @@ class Assembler:
         self._emit(self._state, body)
 
     def _emit(self, state: str, text: str) -> None:
-        if not text:
-            return
-        self._said = True
+        self._said |= text != ""
         if state == REASONING:
             self._delta.reasoning += text
         else:
@@ -209,12 +209,13 @@ class Assembler:
         target = self._edges[self._state][mark]
         if target == TOOL:
             self._call_origin, self._call_opening = self._state, self._space + mark
-        self._state, self._space, self._header, self._fresh = target, "", "", True
+        self._aside.clear()
+        self._state, self._space, self._fresh = target, "", True
 
     def _end_call(self, mark: str, *, readable: bool) -> None:
         """Closes the open call with its end `mark`: as calls if it is readable, else as the text it is."""
-        text = "".join(self._call)
-        self._call.clear()
+        text = "".join(self._aside)
+        self._aside.clear()
         calls = self._tools.parse(text, self._schemas, self._calls) if readable and self._tools else None
         if calls:
             self._calls += len(calls)
@@ -226,12 +227,12 @@ class Assembler:
         self._emit(self._state, self._call_opening + text + mark)
 
     def _logprob(self, id: int, logprob: float, top: Sequence[tuple[int, float]]) -> TokenLogprob:
-        likeliest = [(other, *self._spelt(other), value) for other, value in top]
-        return TokenLogprob(id, *self._spelt(id), logprob, likeliest)
+        likeliest = [Likely(*self._spelt(other, value)) for other, value in top]
+        return TokenLogprob(*self._spelt(id, logprob), likeliest)
 
-    def _spelt(self, id: int) -> tuple[str, list[int]]:
+    def _spelt(self, id: int, logprob: float) -> tuple[str, float, list[int]]:
         data = self._tokenizer.token_bytes(id)
-        return data.decode("utf-8", "replace"), list(data)
+        return data.decode("utf-8", "replace"), logprob, list(data)
 
 
 def _edges(reasoning: ReasoningMarkers | None, tools: ToolFormat | None) -> dict[str, dict[str, str]]:

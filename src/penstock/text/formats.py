@@ -11,8 +11,9 @@ An answer is a walk through states; `edges` say which string leads from which st
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final
 
 from penstock.text.tokenizer import Tokenizer
@@ -51,55 +52,40 @@ class ReasoningMarkers:
         return self.initial == CONTENT and rendered_prompt.rstrip().endswith(self.start)
 
 
-_PAIRS = (
-    ("<think>", "</think>"),
-    ("<longcat_think>", "</longcat_think>"),
-    ("<|think:start|>", "<|think:end|>"),
+def _messages(thought: str, *said: str, end: str, dropped: Iterable[str] = ()) -> ReasoningMarkers:
+    """Each message begins with a header, whose end tells thoughts from what is said."""
+    headers = {thought: REASONING, **dict.fromkeys(said, CONTENT)}
+    inside = {end: HEADER, **dict.fromkeys(dropped, CONTENT)}
+    edges = {HEADER: headers, REASONING: {end: HEADER}, CONTENT: inside}
+    return ReasoningMarkers(thought, end, HEADER, edges)
+
+
+_XTML_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
+_XTML_DROPPED = ("<|open|>response<|sep|>", "<|close|>response<|sep|>", "<|close|>message<|sep|>")
+_XTML_START, _XTML_END = "<|open|>think<|sep|>", "<|close|>think<|sep|>"
+_XTML = {
+    CONTENT: {_XTML_START: REASONING, **dict.fromkeys(_XTML_DROPPED, CONTENT)},
+    REASONING: {_XTML_END: CONTENT},
+}
+_MUSE = _messages(
+    "to=self<|message|>", "to=user<|message|>", "to=commentary<|message|>", end="<|eom|>", dropped=["<|eot|>"]
 )
-_GEMMA4 = ReasoningMarkers("<|channel>thought", "<channel|>")
-_XTML_VOCABULARY = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
-_XTML = ReasoningMarkers(
-    "<|open|>think<|sep|>",
-    "<|close|>think<|sep|>",
-    edges={
-        CONTENT: {
-            "<|open|>think<|sep|>": REASONING,
-            "<|open|>response<|sep|>": CONTENT,
-            "<|close|>response<|sep|>": CONTENT,
-            "<|close|>message<|sep|>": CONTENT,
-        },
-        REASONING: {"<|close|>think<|sep|>": CONTENT},
-    },
-)
-_MUSE = ReasoningMarkers(
-    "to=self<|message|>",
-    "<|eom|>",
-    HEADER,
-    {
-        HEADER: {
-            "to=self<|message|>": REASONING,
-            "to=user<|message|>": CONTENT,
-            "to=commentary<|message|>": CONTENT,
-        },
-        REASONING: {"<|eom|>": HEADER},
-        CONTENT: {"<|eom|>": HEADER, "<|eot|>": CONTENT},
-    },
-)
-_HARMONY_VOCABULARY = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>")
-_HARMONY = ReasoningMarkers(
+_HARMONY_TOKENS = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>", "<|call|>")
+_HARMONY = _messages(
     "<|channel|>analysis<|message|>",
-    "<|end|>",
-    HEADER,
-    {
-        HEADER: {
-            "<|channel|>analysis<|message|>": REASONING,
-            "<|channel|>final<|message|>": CONTENT,
-            "<|channel|>commentary<|message|>": CONTENT,
-        },
-        REASONING: {"<|end|>": HEADER},
-        CONTENT: {"<|end|>": HEADER},
-    },
+    "<|channel|>final<|message|>",
+    "<|channel|>commentary<|message|>",
+    end="<|end|>",
 )
+_REASONING_BY_TOKENS = {
+    ("<think>", "</think>"): ReasoningMarkers("<think>", "</think>"),
+    ("<longcat_think>", "</longcat_think>"): ReasoningMarkers("<longcat_think>", "</longcat_think>"),
+    ("<|think:start|>", "<|think:end|>"): ReasoningMarkers("<|think:start|>", "<|think:end|>"),
+    ("<|channel>", "<channel|>"): ReasoningMarkers("<|channel>thought", "<channel|>"),
+    _XTML_TOKENS: ReasoningMarkers(_XTML_START, _XTML_END, edges=_XTML),
+    _HARMONY_TOKENS: _HARMONY,
+}
+"""The first all of whose keys the vocabulary has."""
 
 
 def infer(
@@ -107,25 +93,13 @@ def infer(
 ) -> tuple[ReasoningMarkers | None, ToolFormat | None]:
     """The marks of a model. `template_source`: its chat template. Raises ModelFilesError."""
     parser = tokenizer.config.get("tool_parser_type") or _parser_name(tokenizer, template_source or "")
-    reasoning = _MUSE if parser == "muse_spark" else _reasoning(tokenizer)
+    by_tokens = (marks for tokens, marks in _REASONING_BY_TOKENS.items() if _knows(tokenizer, tokens))
+    reasoning = _MUSE if parser == "muse_spark" else next(by_tokens, None)
     return reasoning, tool_format(str(parser)) if parser else None
 
 
-def _knows(tokenizer: Tokenizer, *tokens: str) -> bool:
+def _knows(tokenizer: Tokenizer, tokens: Iterable[str]) -> bool:
     return all(tokenizer.id_of(token) is not None for token in tokens)
-
-
-def _reasoning(tokenizer: Tokenizer) -> ReasoningMarkers | None:
-    for start, end in _PAIRS:
-        if _knows(tokenizer, start, end):
-            return ReasoningMarkers(start, end)
-    if _knows(tokenizer, "<|channel>", "<channel|>"):
-        return _GEMMA4
-    if _knows(tokenizer, *_XTML_VOCABULARY):
-        return _XTML
-    if _knows(tokenizer, *_HARMONY_VOCABULARY):
-        return _HARMONY
-    return None
 
 
 _PARSER_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
@@ -147,14 +121,14 @@ _PARSER_SIGNS: tuple[tuple[str, tuple[str, ...]], ...] = (
 )
 
 
+_PARSER_TOKENS = (
+    ("kimi_k3", _XTML_TOKENS),
+    ("pythonic", ("<|tool_call_start|>", "<|tool_call_end|>")),
+    ("harmony", _HARMONY_TOKENS),
+)
+
+
 def _parser_name(tokenizer: Tokenizer, template: str) -> str | None:
-    for name, signs in _PARSER_SIGNS:
-        if all(sign in template for sign in signs):
-            return name
-    if _knows(tokenizer, *_XTML_VOCABULARY):
-        return "kimi_k3"
-    if _knows(tokenizer, "<|tool_call_start|>", "<|tool_call_end|>"):
-        return "pythonic"
-    if _knows(tokenizer, *_HARMONY_VOCABULARY):
-        return "harmony"
-    return None
+    by_template = (name for name, signs in _PARSER_SIGNS if all(sign in template for sign in signs))
+    by_tokens = (name for name, tokens in _PARSER_TOKENS if _knows(tokenizer, tokens))
+    return next(chain(by_template, by_tokens), None)

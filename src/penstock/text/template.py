@@ -52,12 +52,7 @@ class ChatTemplate:
     adds_special_tokens: whether the prompt is to be encoded with special tokens added (no template does it).
     """
 
-    def __init__(
-        self,
-        sources: dict[str, str],
-        tokens: dict[str, str] | None = None,
-        default_kwargs: dict[str, Any] | None = None,
-    ) -> None:
+    def __init__(self, sources: dict[str, str], tokens: dict[str, str] | None = None) -> None:
         sandbox = environment()
         try:
             self._templates = {name: sandbox.from_string(source) for name, source in sources.items()}
@@ -70,21 +65,14 @@ class ChatTemplate:
         self.source = sources.get("default")
         self.adds_special_tokens = not sources
         self._tokens = tokens or {}
-        self._defaults = default_kwargs or {}
+        self._defaults: dict[str, Any] = {}
         self._takes_late_system = bool(sources) and self._renders_late_system_in_place()
 
     @classmethod
-    def load(
-        cls,
-        model_dir: Path,
-        override: str | None = None,
-        use_default: bool = False,
-        default_kwargs: dict[str, Any] | None = None,
-    ) -> ChatTemplate:
+    def load(cls, model_dir: Path, override: str | None = None, use_default: bool = False) -> ChatTemplate:
         """The model's template, or `override` (a template's text, or the path of its file) in its place.
 
-        use_default: ChatML for a model without one. default_kwargs: names in the template's scope that a
-        request may set otherwise. Raises ModelFilesError.
+        use_default: ChatML for a model without one. Raises ModelFilesError.
         """
         config = read_json(model_dir / "tokenizer_config.json")
         tokens = special_tokens(read_json(model_dir / "special_tokens_map.json") | config)
@@ -96,10 +84,10 @@ class ChatTemplate:
             )
         if not sources and use_default:
             sources = {"default": CHATML}
-        return cls(sources, tokens, default_kwargs)
+        return cls(sources, tokens)
 
     def with_defaults(self, kwargs: dict[str, Any]) -> ChatTemplate:
-        """The same template with more names in its scope."""
+        """The same template with more names in its scope, which a request may set otherwise."""
         other = copy.copy(self)
         other._defaults = self._defaults | kwargs
         return other
