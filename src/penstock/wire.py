@@ -98,6 +98,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Positions where messages begin, ascending; the last is the generation prompt's."""
     turn: int | None = None
     """Position where the next turn is expected to leave this prompt."""
+    stops: bool = False
+    """The front may end it at a stop string, which it finds when more has been drawn."""
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):

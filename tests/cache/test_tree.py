@@ -196,15 +196,6 @@ class TreeMachine(RuleBasedStateMachine):
         row.size = size
         self.remember()
 
-    @rule(data=st.data())
-    @precondition(lambda self: self.adopted)
-    def reclaim(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(sorted(self.adopted, key=id)))
-        self.adopted.discard(row)
-        self.tree.reclaim(row.cover, row)
-        self.rows.append(row)
-        row.size = 0
-
     @rule(data=st.data(), most=st.integers(1, 9))
     @precondition(lambda self: self.adopted or self.rows)
     def pack(self, data: st.DataObject, most: int) -> None:
@@ -221,19 +212,6 @@ class TreeMachine(RuleBasedStateMachine):
             assert freed == ([row] if whole else [])
         self.free(freed)
         self.remember()
-
-    @rule(data=st.data(), length=st.integers(0, 20))
-    @precondition(lambda self: self.rows)
-    def shorten(self, data: st.DataObject, length: int) -> None:
-        row = data.draw(st.sampled_from(self.rows))
-        self.tick()
-        try:
-            freed = self.tree.shorten(row.cover, length)
-        except TreeError:
-            assert self.pins
-            return
-        del row.ids[length:]
-        self.free_exactly(freed)
 
     @rule(data=st.data())
     @precondition(lambda self: self.rows)
@@ -277,21 +255,6 @@ class TreeMachine(RuleBasedStateMachine):
             assert freed == []
         self.free(freed)
         self.remember()
-
-    @rule(data=st.data())
-    @precondition(lambda self: self.rows)
-    def shed(self, data: st.DataObject) -> None:
-        row = data.draw(st.sampled_from(self.rows))
-        self.tick()
-        self.free(self.tree.shed(row.cover))
-        assert self.there() == self.before, "shedding loses nothing"
-        if not self.pins:
-            doubly = {h for h in self.out if h.ids and self.held_by(row, h)}
-            assert not doubly
-
-    def held_by(self, row: Row, held: Held) -> bool:
-        end = len(held.before) + len(held.ids)
-        return held.space == row.space and tuple(row.ids[:end]) == held.before + held.ids
 
     @rule(space=SPACES, ids=IDS)
     @precondition(lambda self: len(self.pins) < 3)

@@ -61,21 +61,19 @@ def test_what_hangs_at_a_split_stays_above_it() -> None:
     row = tree.lend("", "row")
     tree.extend(row, ids((0, 100)), 1)
     tree.keep(row, 60, "state", 5, 1)
-    tree.shorten(row, 80)
-    tree.extend(row, ids((7_000, 10)), 1)
     first, second = tree.lend("", "first"), tree.lend("", "second")
     tree.extend(first, ids((0, 80), (8_000, 10)), 1)
     tree.extend(second, ids((0, 60), (9_000, 10)), 1)
     assert tree.match("", ids((0, 60), (9_000, 10))).usable == 60
+    check(tree)
     dense = Tree()
-    row = dense.lend("", "row")
-    dense.extend(row, ids((0, 100)), 1)
-    dense.shorten(row, 80)
-    dense.extend(row, ids((7_000, 10)), 1)
+    dense.insert("", ids((0, 100)), [("a", 80, 80), ("b", 20, 20)], 1)
+    assert dense.evict(1, 1) == ["b"]
+    dense.extend(dense.lend("", "row"), ids((0, 80), (7_000, 10)), 1)
     assert dense.match("", ids((0, 100))).why == "evicted"
     dense.extend(dense.lend("", "other"), ids((0, 80), (8_000, 10)), 1)
     assert dense.match("", ids((0, 100))).why == "evicted"
-    check(tree)
+    check(dense)
 
 
 def test_a_session_in_use_outlives_an_abandoned_one() -> None:
@@ -164,17 +162,6 @@ def test_preemption_moves_and_packing_frees() -> None:
     assert (tree.bytes, tree.tokens) == (1_000, 1_000)
 
 
-def test_a_preempted_row_goes_on_in_its_buffers() -> None:
-    tree = Tree()
-    row = tree.lend("", "row")
-    tree.extend(row, ids((0, 100)), 1)
-    tree.adopt(row, "buffers", 150, 1)
-    tree.reclaim(row, "row")
-    assert tree.bytes == 0
-    assert tree.extend(row, ids((100, 10)), 2) is None
-    assert tree.pieces(tree.match("", ids((0, 110)))) == [("row", 0, 110)]
-
-
 def test_what_a_live_row_holds_too_goes_first() -> None:
     tree = Tree()
     put(tree, ids((0, 1_024)), 9, "held twice")
@@ -226,9 +213,9 @@ def test_shedding_spares_what_pins_read_and_what_the_row_has_not() -> None:
     tree.extend(row, sequence[:700], 2)
     assert tree.unpacked(row) == []
     pin = tree.pin(tree.match("", sequence[:700]), 2)
-    assert tree.shed(row) == []
+    assert tree.evict(1, 2) == []
     tree.unpin(pin, 2)
-    assert tree.shed(row) == [("s", 0)], "the second segment has ids that the row has not"
+    assert tree.evict(1, 2) == [("s", 0)], "the second segment has ids that the row has not"
     assert tree.match("", sequence).why == "whole"
     assert tree.unpacked(row) == [(0, 512)]
     other = tree.lend("", "other")
@@ -245,7 +232,7 @@ def test_buffers_that_others_hang_on_go_after_them() -> None:
     put(tree, own, 1, "branch")
     row = tree.lend("", "row")
     tree.extend(row, shared + ids((5_000, 100)), 1)
-    tree.shed(row)
+    assert tree.evict(1, 1) == [("branch", 0)], "the row has it too"
     tree.adopt(row, "buffers", 612, 1)
     tree.unpin(tree.pin(tree.match("", own), 50), 50)
     assert tree.evict(1, 51) == [("branch", 512)]
@@ -277,25 +264,10 @@ def test_states_go_with_their_ids_and_thinning_spares_others() -> None:
     tree.extend(row, ids((1_000, 50)), 1)
     assert 960 not in [freed for n in range(1_001, 1_010) for freed in tree.keep(row, n, n, 1, 1)]
     tree.unpin(pin, 1)
-    assert tree.shorten(row, 1_009) == []
-    assert tree.shorten(row, 1_008) == [1_009]
+    freed = tree.drop(row, 1)
+    assert 1_009 in freed
+    assert all(position > 960 for position in freed), "the other row's stay"
     check(tree)
-
-
-def test_statistics() -> None:
-    tree = Tree(stateful=True)
-    row = tree.lend("", "row")
-    tree.extend(row, ids((0, 600)), 1)
-    tree.keep(row, 600, "state", 50, 1)
-    tree.drop(row, 1, [("a", 512, 512), ("b", 88, 88)])
-    found = tree.statistics()
-    assert (found["bytes"], found["tokens"], found["segments"], found["checkpoint_bytes"]) == (
-        650,
-        600,
-        2,
-        50,
-    )
-    assert found["runs"] == [{"start": 0, "end": 600, "children": 0, "hits": 0, "bytes": 650}]
 
 
 def test_misuse_is_an_error() -> None:
@@ -314,9 +286,6 @@ def test_misuse_is_an_error() -> None:
         tree.extend(row, ids((10, 1)), 1)
     with pytest.raises(TreeError):
         tree.adopt(row, "row", 10, 1)
-    tree.reclaim(row, "row")
-    with pytest.raises(TreeError):
-        tree.reclaim(row, "row")
     tree.unpin(pin, 1)
     tree.drop(row, 1)
     with pytest.raises(TreeError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 
+import mlx.core as mx
 import pytest
 from tests.support import tiny_models
 from tests.support.engine_loop import EngineLoop
@@ -151,23 +152,79 @@ def test_the_cache_gives_way_to_rows_and_no_request_is_lost(name: str) -> None:
     engine.close()
 
 
-def test_preemption_moves_what_was_computed_and_it_comes_back() -> None:
+def test_preemption_moves_what_was_computed_and_allocates_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("penstock.engine.sequence.FIRST_ROOM", 64)
     name = "qwen3"
     expected = [uncached_answer(name, seed) for seed in range(2)]
     probe = make(name)
     per_token = probe.accounts.costs.kv_per_token
     probe.close()
-    engine = make(name, ceiling=int(2500 * per_token))
-    asked = [engine.submit(ids(100, seed), max_tokens=1300, sampling=SAMPLING) for seed in range(2)]
+    engine = make(name, ceiling=int(450 * per_token))
+    grown = []
+    preempt = engine.cache.preempt
+
+    def watched(sequence: object) -> None:
+        assert engine.accounts.ledger.room < 164 * per_token, "there is room for a copy"
+        before = mx.get_active_memory()
+        mx.reset_peak_memory()
+        preempt(sequence)  # type: ignore[arg-type]
+        grown.append((mx.get_peak_memory() - before, mx.get_active_memory() - before))
+
+    engine.cache.preempt = watched  # type: ignore[method-assign, assignment]
+    asked = [engine.submit(ids(100, seed), max_tokens=150, sampling=SAMPLING) for seed in range(2)]
     engine.play(turns=20_000)
-    assert engine.loop.counts["preempt"] > 0
+    assert grown
+    assert all(peak <= 0 and now <= 0 for peak, now in grown), "bytes were allocated"
     assert [engine.answers[id_].tokens for id_ in asked] == expected
     engine.close()
 
 
 def uncached_answer(name: str, seed: int) -> list[int]:
     engine = make(name, cache_bytes=0)
-    id_ = engine.submit(ids(100, seed), max_tokens=1300, sampling=SAMPLING)
+    id_ = engine.submit(ids(100, seed), max_tokens=150, sampling=SAMPLING)
     engine.play(turns=20_000)
     engine.close()
     return engine.answers[id_].tokens
+
+
+@pytest.mark.parametrize("name", ["qwen3_5", "gemma3_text"])
+def test_after_a_stop_string_the_next_turn_goes_on_in_the_answer(name: str) -> None:
+    """The engine has gone on when the front finds the string; another row decodes beside it all the time."""
+    engine = make(name)
+    other = engine.submit(ids(150, 30), max_tokens=100, sampling=SAMPLING)
+    prompts = [ids(190, 31) + ids(10, at) for at in (0, 1)]
+    asked = [
+        engine.submit(prompt, max_tokens=90, stops=at > 0, sampling=SAMPLING, borders=[5, 195])
+        for at, prompt in enumerate(prompts)
+    ]
+    while any(len(engine.answers[id_].tokens) < 75 for id_ in asked):
+        engine.turn()
+    for id_, prompt in zip(asked, prompts, strict=True):
+        engine.end(id_, keep=len(prompt) + 72)
+    cached = []
+    for id_, prompt in zip(asked, prompts, strict=True):
+        said = engine.answers[id_].tokens[:66]  # the last 6 of 72 are the string's
+        later = prompt + said + ids(30, 32)
+        tokens, hit = ask(engine, later, borders=[5, 280])
+        assert tokens == uncached(name, later)
+        cached.append(hit - len(prompt))
+    assert cached[0] <= 0, "the control: a row that no stop string was to end"
+    assert 66 - cached[1] <= 32
+    assert engine.answers[other].ended is not None
+    assert not engine.cache._passing.size
+    engine.close()
+
+
+def test_states_kept_for_a_stop_string_give_way_and_are_in_the_books() -> None:
+    engine = make("qwen3_5")
+    asked = engine.submit(ids(50, 33), max_tokens=100, stops=True, sampling=SAMPLING)
+    while len(engine.answers[asked].tokens) < 60:
+        engine.turn()
+    held = engine.accounts.ledger.balance(Account.STATES)
+    assert 2 * engine.accounts.costs.states <= held <= 4 * engine.accounts.costs.fixed
+    before = engine.cache.evictable
+    engine.cache.evict(1)
+    assert engine.accounts.ledger.balance(Account.STATES) == 0
+    assert engine.cache.evictable <= before - held
+    engine.play()
+    engine.close()

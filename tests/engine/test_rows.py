@@ -24,14 +24,11 @@ def chunk(n: int, heads: int = 2, width: int = 4, seed: int = 0) -> mx.array:
 @settings(max_examples=20, deadline=None)
 @given(
     capacity=st.integers(0, 40),
-    steps=st.lists(st.one_of(st.integers(1, 30), st.integers(-5, -1)), min_size=1, max_size=8),
+    steps=st.lists(st.integers(1, 30), min_size=1, max_size=8),
 )
 def test_row_kv_holds_what_kv_cache_holds(capacity: int, steps: list[int]) -> None:
     ours, theirs = RowKV(capacity), KVCache()
     for seed, n in enumerate(steps):
-        if n < 0:
-            assert ours.trim(-n) == theirs.trim(-n)
-            continue
         keys, values = chunk(n, seed=seed), chunk(n, width=6, seed=seed + 100)
         made = [cache.make_mask(n, return_array=False, window_size=None) for cache in (ours, theirs)]
         assert made == [None if n == 1 else "causal"] * 2

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from itertools import groupby
 from random import Random
 from typing import Any
 
@@ -16,6 +17,7 @@ from penstock.cache.checkpoints import differs, positions
 from penstock.cache.nodes import Checkpoint, Cover, Segment
 from penstock.cache.tree import Tree
 from penstock.cache.value import previous
+from penstock.traffic.profiles import SYSTEM, Event, issue1390
 
 OPEN, THINK, CLOSE = 1, 2, 3
 STATE = 1_500
@@ -104,6 +106,38 @@ class Traffic:
         body = [OPEN, *self.words(self.length(214 - (100 if self.drift else 0))), CLOSE]
         session.history.append((body, thought))
         return Request(array("I", prompt), array("I", [*thought, *body[1:]]), borders, turn or len(prompt))
+
+
+def report(
+    seed: int = 0, scale: float = 1.0, sessions: int = 10, live: int = 10, switch: float = 1.0
+) -> list[Request]:
+    """The profile issue1390 as ids, nobody hanging up; sessions take turns as in `Traffic`."""
+    random = Random(seed)
+    waiting = [list(turns) for _, turns in groupby(issue1390(seed, scale, sessions), lambda e: e.session)]
+    histories: dict[int, list[list[int]]] = {index: [] for index in range(sessions)}
+    made: list[Request] = []
+    current: list[Event] = []
+    while waiting:
+        if not current or random.random() < switch:
+            current = random.choice(waiting[:live])
+        event = current.pop(0)
+        if not current:
+            waiting.remove(current)
+        history = histories[event.session]
+        history.append([OPEN, *_block(event.block, event.new), CLOSE])
+        prompt, borders = [OPEN, *_block(SYSTEM, event.shared), CLOSE], []
+        for message in history:
+            borders.append(len(prompt))
+            prompt += message
+        borders.append(len(prompt))
+        answer = [*_block(-event.block, event.answer), CLOSE]
+        history.append([OPEN, *answer])
+        made.append(Request(array("I", [*prompt, OPEN]), array("I", answer), borders, len(prompt)))
+    return made
+
+
+def _block(number: int, count: int) -> list[int]:
+    return Random(number).choices(range(10, 50_000), k=count)
 
 
 @dataclass

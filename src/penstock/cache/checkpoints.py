@@ -17,8 +17,10 @@ from penstock.cache.nodes import Checkpoint, common
 
 MOST = 6
 """New states of one prefill at most."""
-RECENT = 4
-"""The deepest states of a path, which no thinning takes: a turn's end, its generation prompt, two borders."""
+NEAR = 64
+"""Ids behind a state within which a message gets none: they are cheaper to compute than to keep."""
+RECENT = 2
+"""The deepest states of a path, which no thinning takes: a turn's end and its generation prompt."""
 ANCHORS = 2
 """The latest anchors that thinning spares: what a later turn strips, it strips from there on."""
 
@@ -82,13 +84,16 @@ def positions(
 
     In this order: the generation prompt's start (last border; the prompt's end where there are none), `turn`
     (where the next turn will leave: see `differs`), `diverged_at` (where an earlier prompt parted), the end
-    of system and tools (first border), two more borders from the end; then doubling distances from the end
-    that are `state_tokens` or more from `start` and from all others.
+    of system and tools (first border), two more borders from the end; from `diverged_at` on none that is less
+    than `NEAR` behind `start` or another. Then doubling distances from the end, `state_tokens` or more from
+    `start` and from all others.
     """
     edges = sorted(borders) or [prompt_length]
     chosen: list[int] = []
     for position in (edges[-1], turn, diverged_at, edges[0], *reversed(edges[-3:-1])):
-        if position is not None and start < position <= prompt_length and position not in chosen:
+        if position is None or not start < position <= prompt_length or position in chosen:
+            continue
+        if position in (edges[-1], turn) or all(not 0 < position - at < NEAR for at in (start, *chosen)):
             chosen.append(position)
     distance = apart = max(1, state_tokens)
     while len(chosen) < MOST and prompt_length - distance > start:

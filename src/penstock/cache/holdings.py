@@ -55,27 +55,6 @@ class Holdings:
         """Sequences kept: leaves that no live row is on."""
         return len(self._leaves.keys() - {cover.node for cover in self._covers if cover.live})
 
-    def statistics(self, most: int = 20) -> dict[str, Any]:
-        """Totals, and the `most` longest runs of ids with their places, sizes and hits. Walks all nodes."""
-        nodes = [node for root in self._roots.values() for node in below(root)]
-        states = [kept for node in nodes for kept in node.checkpoints.values()]
-        runs = sorted(nodes, key=lambda node: node.start - node.end)[:most]
-        return {
-            "bytes": self.bytes,
-            "tokens": self.tokens,
-            "entries": self.entries,
-            "segments": sum(len(node.segments) for node in nodes),
-            "checkpoints": len(states),
-            "checkpoint_bytes": _size(states),
-            "adopted_bytes": _size(self._covers),
-            "evicted_bytes": self.evicted_bytes,
-            "runs": [
-                {"start": n.start, "end": n.end, "children": len(n.children), "hits": n.hits,
-                 "bytes": _size(n.segments) + _size(n.checkpoints.values())}
-                for n in runs
-            ],
-        }  # fmt: skip
-
     def evict(self, size: int, now: float) -> list[Any]:
         """Free `size` bytes, or all that may go: what is held twice first, then by worth."""
         freed: list[Any] = []
@@ -90,13 +69,6 @@ class Holdings:
         states = {pin.checkpoint for pin in self._pins if pin.checkpoint is not None}
         held = sum(s.size for node in nodes for s in node.segments if s.start < node.pinned)
         return self.bytes - held - _size(kept) - _size(states)
-
-    def shed(self, cover: Cover) -> list[Any]:
-        """Free the segments whose ids a live row holds as well: nothing is lost while it lives."""
-        freed: list[Any] = []
-        if cover.live:
-            self._shed(cover, 0, freed)
-        return freed
 
     def _shed(self, cover: Cover, goal: int, freed: list[Any]) -> None:
         for node in list(cover.path()):

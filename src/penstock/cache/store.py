@@ -11,7 +11,7 @@ no reader of a row is pending when the next step writes to it.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -101,13 +101,17 @@ def assemble(row: Row, parts: Sequence[Part]) -> None:
     row.length = length
 
 
-def snapshot(row: Row, position: int) -> Snapshot:
-    """What a row holds at its present position besides plain keys and values, to come back to it later."""
+def snapshot(row: Row, position: int, states: Iterable[list[mx.array | None]] | None = None) -> Snapshot:
+    """What a row holds at its present position besides plain keys and values, to come back to it later.
+
+    `states`: of its recurrent layers, where the row does not hold them itself.
+    """
+    recurrent = iter([cache.cache for cache in row.states] if states is None else states)
     parts: list[Any] = []
     arrays: list[mx.array] = []
     for leaf in row.leaves:
         if isinstance(leaf, ArraysCache):
-            held = list(leaf.cache)
+            held = list(next(recurrent))
             parts.append(held)
             arrays += [x for x in held if x is not None]
         elif isinstance(leaf, RotatingKVCache):

@@ -5,7 +5,7 @@ longer needs comes back as a list of handles to free. A node's K/V is in segment
 row, or in a dead row's adopted buffers until those are packed:
 
     lend ──▶ extend … (the row grows) ──▶ adopt ──▶ pack … ──▶ segments
-                                    └──▶ drop              └──▶ reclaim (the row goes on in its own buffers)
+                                    └──▶ drop
 
 Invariant: each id is stored once and has K/V, as have all above it; totals are sums; no pin is broken.
 """
@@ -184,20 +184,6 @@ class Tree(Holdings):
             node.used = now
         return self.pack(cover, (), now)
 
-    def reclaim(self, cover: Cover, handle: Any) -> None:
-        """A row goes on in the buffers that were adopted from it: they are lent again."""
-        if cover.live or cover not in self._covers:
-            raise TreeError("nothing to reclaim")
-        self.bytes -= cover.size
-        cover.live, cover.handle, cover.size = True, handle, 0
-
-    def shorten(self, cover: Cover, length: int) -> list[Any]:
-        """The row has forgotten what it held from `length` on; what nobody else holds goes."""
-        self._refuse_if_read(cover, length)
-        freed: list[Any] = []
-        self._retreat(cover, length, freed)
-        return freed
-
     def drop(self, cover: Cover, now: float, stored: Sequence[Stored] = ()) -> list[Any]:
         """The row's buffers go, but for copies of its first runs that `unpacked` names.
 
@@ -205,15 +191,12 @@ class Tree(Holdings):
         """
         freed: list[Any] = []
         self._pack(cover, stored)
-        self._refuse_if_read(cover, 0)
-        self._remove(cover, freed)
-        return self._within_caps(now, freed)
-
-    def _refuse_if_read(self, cover: Cover, length: int) -> None:
         if cover not in self._covers:
             raise TreeError("a row that is not lent")
-        if any(node.pinned > max(length, node.available(without=cover)) for node in cover.path()):
+        if any(node.pinned > node.available(without=cover) for node in cover.path()):
             raise TreeError("a row that is being read")
+        self._remove(cover, freed)
+        return self._within_caps(now, freed)
 
     # What is kept
 

@@ -124,9 +124,9 @@ class Runner:
         """Give the row room for `capacity` positions now, layer by layer, evaluated."""
         row.reserve(capacity)
 
-    def settle(self, row: Row) -> None:
-        """Let the row hold its recurrent states itself, so that they can be read from it."""
-        self._stack.release([row])
+    def states(self, row: Row) -> list[list[mx.array | None]]:
+        """The row's recurrent states by layer as they are now, to be kept: nothing writes to them. Lazy."""
+        return self._stack.states(row)
 
     def detach(self, row: Row) -> None:
         """Let go of a row that keeps its keys and values, and nothing else: they belong to the caller."""

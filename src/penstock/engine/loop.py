@@ -236,6 +236,8 @@ class Loop:
             case wire.End():
                 sequence = self.sequences.get(message.id)
                 if sequence is not None:
+                    if sequence.stops:
+                        self.cache.stopped(sequence, message.keep)
                     self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Budget():
                 self._set_budget(message.size)
@@ -310,6 +312,7 @@ class Loop:
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.running.decode(rows)
+        self.cache.passing(rows)
         ids = inputs(rows, self.in_flight)
         logits = self.runner.decode([s.row for s in rows], ids)
         batch = self._sampling_batch(rows)

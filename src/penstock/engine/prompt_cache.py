@@ -3,7 +3,8 @@
 A row that lives is lent to the tree, which reads from it between steps; when its sequence ends, what is new
 in it is copied into segments, or, where there is no room for a copy, its buffers themselves become the
 tree's. A hit copies a prefix once, into the new row's own buffers. Bytes are reserved before they are
-there, under the account CACHED. Invariant: what is published was read cleanly and is never written again.
+there, under the account CACHED, or STATES for those that a row passes and a stop string may end it at.
+Invariant: what is published was read cleanly and is never written again.
 """
 
 from __future__ import annotations
@@ -23,6 +24,13 @@ from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Account, Lease
+
+STRIDE = 16
+"""Ids of an answer between the states that a row with stop strings keeps of it."""
+PASSED = 3
+"""How many of them, the latest: the front hears of a stop string's end when the row has gone on."""
+STOP = 8
+"""Ids that a stop string may have: the next turn leaves the path before them."""
 
 
 class PromptCache:
@@ -48,6 +56,8 @@ class PromptCache:
         state_tokens = self.costs.fixed // self.costs.kv_per_token if self.costs.kv_per_token else 1
         self.tree = Tree(stateful, max(1, state_tokens), max_bytes, max_entries)
         self._stored: Lease = accounts.ledger.take(Account.CACHED, 0, 0, accounts.ceiling)
+        self._passed: dict[int, list[store.Snapshot]] = {}
+        self._passing: Lease = accounts.ledger.take(Account.STATES, 0, 0, accounts.ceiling)
         self._buffers = 0
         self._covers: dict[int, Cover] = {}
         self._adopted: dict[Row, tuple[Cover, Lease]] = {}
@@ -56,7 +66,7 @@ class PromptCache:
     @property
     def evictable(self) -> int:
         """Bytes that `evict` could free now."""
-        return self.tree.evictable if self.enabled else 0
+        return self.tree.evictable + self._passing.size if self.enabled else 0
 
     # -- rows come -----------------------------------------------------------------------------------
 
@@ -102,6 +112,25 @@ class PromptCache:
         if sequence.computed in sequence.cuts and sequence.computed == sequence.row.length:
             self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[:1]))
 
+    def passing(self, rows: Iterable[Sequence]) -> None:
+        """Before a decode step: keep the states that the next turn starts from if a stop string ends this.
+
+        When the string is found the row has gone on, so they are kept in passing.
+        """
+        for s in rows:
+            due = s.stops and s.launched % STRIDE == 0 and s.launched > s.prompt_length
+            if due and s.id in self._covers and self.tree.stateful and self._room(self.costs.fixed):
+                self._passed[s.id] = [*self._passed.get(s.id, []), self._snapshot(s, s.launched)][-PASSED:]
+                self._count()
+
+    def stopped(self, sequence: Sequence, keep: int) -> None:
+        """A stop string has ended it: its first `keep` ids count, and the last of them are the string's."""
+        del sequence.tokens[max(keep, sequence.prompt_length) :]
+        cover = self._lent(sequence)
+        before = [t for t in self._passed.pop(sequence.id, []) if t.position <= len(sequence.tokens) - STOP]
+        if cover is not None and before and before[-1].position <= cover.length:
+            self._publish(cover, before[-1], anchor=False)
+
     # -- rows go -------------------------------------------------------------------------------------
 
     def leave(self, sequence: Sequence) -> None:
@@ -111,8 +140,9 @@ class PromptCache:
             self._close(sequence)
             return
         if self.tree.stateful and cover.length == sequence.row.length:
-            self._keep(sequence, anchor=True)
+            self._keep(sequence, anchor=False)
         del self._covers[sequence.id]
+        self._passed.pop(sequence.id, None)
         if self._pack(cover, sequence.row):
             self._free(self.tree.drop(cover, self._now))
             self._close(sequence)
@@ -126,11 +156,13 @@ class PromptCache:
             self.forget(sequence)
             return
         del self._covers[sequence.id]
+        self._passed.pop(sequence.id, None)
         self._adopt(sequence, cover)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the row may be believed, or nothing is there: drop it."""
         cover = self._covers.pop(sequence.id, None)
+        self._passed.pop(sequence.id, None)
         if cover is not None:
             self._free(self.tree.drop(cover, self._now))
         self._close(sequence)
@@ -139,7 +171,8 @@ class PromptCache:
 
     def evict(self, size: int) -> None:
         """Free at least `size` bytes if that many can go, the least valuable first."""
-        self._free(self.tree.evict(size, self._now))
+        self._passed.clear()
+        self._free(self.tree.evict(size - self._passing.size, self._now))
 
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
@@ -149,11 +182,11 @@ class PromptCache:
 
     def leases(self) -> list[Lease]:
         """What it holds, for the audit."""
-        return [self._stored, *(lease for _, lease in self._adopted.values())]
+        return [self._stored, self._passing, *(lease for _, lease in self._adopted.values())]
 
     def clear(self) -> None:
         """Drop everything that no live row holds."""
-        self.evict(self.tree.bytes)
+        self.evict(self.evictable)
 
     # -- inside --------------------------------------------------------------------------------------
 
@@ -185,8 +218,12 @@ class PromptCache:
         cover = self._lent(sequence)
         if cover is None or cover.length != sequence.computed or not self._room(self.costs.fixed):
             return
-        self.runner.settle(sequence.row)
-        taken = store.snapshot(sequence.row, sequence.computed)
+        self._publish(cover, self._snapshot(sequence, sequence.computed), anchor=anchor)
+
+    def _snapshot(self, sequence: Sequence, position: int) -> store.Snapshot:
+        return store.snapshot(sequence.row, position, self.runner.states(sequence.row))
+
+    def _publish(self, cover: Cover, taken: store.Snapshot, *, anchor: bool) -> None:
         self._buffers += taken.buffers
         self._free(self.tree.keep(cover, taken.position, taken, taken.size, self._now, anchor))
 
@@ -230,5 +267,11 @@ class PromptCache:
                 self._buffers -= len(handle.arrays)
             elif isinstance(handle, store.Snapshot):
                 self._buffers -= handle.buffers
+        self._count()
+
+    def _count(self) -> None:
+        passed = [taken for held in self._passed.values() for taken in held]
         packed = self.tree.bytes - sum(cover.size for cover, _ in self._adopted.values())
         self.accounts.ledger.correct(self._stored, packed, self._buffers)
+        sizes = sum(taken.size for taken in passed), sum(taken.buffers for taken in passed)
+        self.accounts.ledger.correct(self._passing, *sizes)

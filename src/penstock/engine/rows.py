@@ -67,17 +67,8 @@ class RowKV:
         """The mask of the next `n` positions, as KVCache makes it."""
         return create_attention_mask(n, self.offset, return_array, window_size)
 
-    def trim(self, n: int) -> int:
-        """Forget the last `n` positions (their bytes stay reserved); returns how many there were."""
-        n = min(n, self.offset)
-        self.offset -= n
-        return n
-
     def size(self) -> int:
         return self.offset
-
-    def empty(self) -> bool:
-        return self.keys is None
 
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
@@ -215,6 +206,12 @@ class StateStack:
                 cache.cache = [None] * len(cache.cache)
         self.members, self.caches = rows, stacked
         return stacked
+
+    def states(self, row: Row) -> list[list[mx.array | None]]:
+        """What a row's recurrent layers hold, wherever it is. References, but for copies out of the stack."""
+        held = range(len(row.states))
+        found = [[self._piece(row, at, entry) for entry in range(len(row.states[at].cache))] for at in held]
+        return [[None if x is None else mx.contiguous(x) for x in layer] for layer in found]
 
     def release(self, rows: Sequence[Row]) -> None:
         """Let these rows hold their states themselves again; if one of them is here, the stack dissolves."""

@@ -42,6 +42,7 @@ class Sequence:
         "prompt_length",
         "row",
         "sampling",
+        "stops",
         "tokens",
         "turn",
         "why",
@@ -66,6 +67,7 @@ class Sequence:
         self.namespace = submit.namespace
         self.borders = submit.borders
         self.turn = submit.turn
+        self.stops = submit.stops
         self.entered = False
         self.cached = 0
         self.why = ""

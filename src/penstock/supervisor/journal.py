@@ -61,6 +61,7 @@ class Entry:
             ignore_eos=job.ignore_eos,
             borders=list(job.borders),
             turn=job.turn,
+            stops=job.stops,
             apart=self.accusation.span[1] if self.accusation is not None and self.accusation.apart else 0,
         )
 

@@ -34,6 +34,8 @@ class Job:
     """Positions where messages begin in the prompt."""
     turn: int | None = None
     """Position where the next turn is expected to leave the prompt."""
+    stops: bool = False
+    """Whether a stop string may end it."""
     seed: int | None = None
     """The client's seed. None: `sampling.seed` if that is not 0, else one is drawn."""
 
