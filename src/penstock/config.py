@@ -87,6 +87,7 @@ TEXT = Form("TEXT", "text", str)
 LIST = Form("A,B", "a comma-separated list", _words, many=True)
 SWITCH = Form("", "true or false", _boolean)
 SIZE = Form("SIZE", "a size such as 8G, 512MB, 8GiB or 75% (of this machine's memory)", _size)
+MINUTES = Form("MINUTES", "a number of minutes from 0.01 up", _number(float, 0.01, 1e6))
 JSON = Form("JSON", "a JSON object", _object)
 LEVEL = Form("LEVEL", "one of " + ", ".join(LOG_LEVELS), _level)
 
@@ -243,6 +244,16 @@ class Options:
         None,
         "The most bytes in the prompt cache; 0 turns it off.",
         unset="what the memory holds beside running requests, which come first",
+    )
+    idle_release: float | None = _option(
+        MEMORY, MINUTES, None, "Minutes without a request until the prompt cache is dropped.", unset="never"
+    )
+    idle_unload: float | None = _option(
+        MEMORY,
+        MINUTES,
+        None,
+        "Minutes without a request until the engine ends and its memory is free; the next request starts it.",
+        unset="never",
     )
     adapter_path: str | None = _option(
         LATER, TEXT, None, "A directory with adapter weights.", refused="adapters are not supported yet"

@@ -30,6 +30,7 @@ from penstock.config import Options
 from penstock.errors import PenstockError
 from penstock.memory.probe import system_probe
 from penstock.supervisor.backend import Backend
+from penstock.supervisor.idle import Idle
 from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.warden import Warden
 from penstock.text.errors import ModelFilesError
@@ -69,9 +70,9 @@ class _Front:
         self.exit_code = 0
         self.stopping = False
         self.backend = Backend(
-            environment=platform.engine_environment(os.environ),
             warden=Warden(system_probe(), options.memory_limit),
             queue=QueueLimits(options.max_queue, options.max_queue_tokens, options.max_wait),
+            idle=Idle(options.idle_release, options.idle_unload),
         )
         name = options.served_model_name[0] if options.served_model_name else _name(options)
         self.service = Service(

@@ -9,7 +9,7 @@ through, so a late message of a dead engine is void because its channel is gone.
       ◀──────────────────────────────── Device
       Budget (again whenever it changes) ───▶
       ◀─────────────── Loading … Ready | Halt
-      Submit, End, Shutdown ────────────────▶
+      Submit, End, Release, Shutdown ───────▶
       ◀──── Step (one a step, all rows), Status
 
 A sequence's life on the wire: one `Submit`, then any number of `Row`s, then exactly one `Ended`, which also
@@ -115,6 +115,12 @@ class Budget(msgspec.Struct, frozen=True, tag="budget"):
     size: int
     ceiling: int
     decided_by: str
+
+
+class Release(msgspec.Struct, frozen=True, tag="release"):
+    """Nothing has run for a while: the pool goes back to the system; `cache`: the prompt cache, too."""
+
+    cache: bool
 
 
 class Shutdown(msgspec.Struct, frozen=True, tag="shutdown"):
@@ -241,11 +247,12 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     seconds_per_prefill_id: float | None = None
 
 
-ToEngine = Start | Budget | Submit | End | Shutdown
+ToEngine = Start | Budget | Submit | End | Release | Shutdown
 ToFront = Device | Loading | Ready | Halt | Step | Status
 
 _encoder = msgspec.msgpack.Encoder()
-_decoders: dict[Any, msgspec.msgpack.Decoder[Any]] = {}
+_to_engine: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToEngine)
+_to_front: msgspec.msgpack.Decoder[Any] = msgspec.msgpack.Decoder(ToFront)
 
 
 def encode(message: ToEngine | ToFront) -> bytes:
@@ -256,19 +263,12 @@ def encode(message: ToEngine | ToFront) -> bytes:
 
 def decode_to_engine(body: bytes | memoryview) -> ToEngine:
     """The message in a frame's body, on the engine's side. Raises msgspec.ValidationError."""
-    return _decode(ToEngine, body)  # type: ignore[no-any-return]
+    return _to_engine.decode(body)  # type: ignore[no-any-return]
 
 
 def decode_to_front(body: bytes | memoryview) -> ToFront:
     """The message in a frame's body, on the front's side. Raises msgspec.ValidationError."""
-    return _decode(ToFront, body)  # type: ignore[no-any-return]
-
-
-def _decode(union: Any, body: bytes | memoryview) -> Any:
-    decoder = _decoders.get(union)
-    if decoder is None:
-        decoder = _decoders[union] = msgspec.msgpack.Decoder(union)
-    return decoder.decode(body)
+    return _to_front.decode(body)  # type: ignore[no-any-return]
 
 
 def pack_ids(ids: array[int]) -> bytes:

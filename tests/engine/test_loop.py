@@ -13,6 +13,7 @@ from tests.support.engine_loop import Answer, EngineLoop
 
 from penstock import wire
 from penstock.engine.batch import Runner
+from penstock.memory.ledger import Account
 
 HYBRID, DENSE = "qwen3_5", "qwen3"
 
@@ -149,6 +150,27 @@ def test_an_end_from_the_front_takes_effect_at_the_next_turn(engine: EngineLoop)
     computed = [engine.answers[id_].ended.computed for id_ in (decoding, prefilling, queued)]  # type: ignore[union-attr]
     assert computed == [7, 7, 0]
     engine.play()
+
+
+def test_what_is_cached_and_what_is_pooled_go_when_they_are_asked_for() -> None:
+    engine = make(HYBRID, cache_bytes=None)
+    held = engine.accounts.ledger.balance
+    engine.submit(prompt(300), max_tokens=20)
+    engine.play()
+    cached = held(Account.CACHED)
+    assert cached > 0
+    assert held(Account.POOL) > 0
+    engine.channel.inbox.append(wire.Release(cache=False))
+    engine.turn()
+    assert (held(Account.CACHED), held(Account.POOL)) == (cached, 0)
+    engine.channel.inbox.append(wire.Release(cache=True))
+    engine.turn()
+    assert held(Account.CACHED) == 0
+    again = engine.submit(prompt(300), max_tokens=20)
+    engine.play()
+    assert engine.answers[again].cached == 0
+    assert held(Account.POOL) > 0, "and it comes back with the next request"
+    engine.close()
 
 
 def test_prefill_progress_reaches_the_whole_prompt(engine: EngineLoop) -> None:

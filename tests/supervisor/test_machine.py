@@ -189,6 +189,77 @@ def test_stop_between_two_engines_starts_none():
     assert life.tick(wait.at) == []
 
 
+def unloaded_life():
+    life = ready_life()
+    assert life.unload(10.0) == [AskExit(), WaitUntil(15.0)]
+    assert life.state is State.UNLOADED
+    assert life.ends_by_order
+    return life
+
+
+def test_an_unloaded_engine_is_no_death_and_starts_when_it_is_wanted():
+    life = unloaded_life()
+    assert life.died(11.0, "exited with code 0") == []
+    assert (life.state, life.reason, life.deaths) == (State.UNLOADED, None, 0)
+    assert life.tick(15.0) == []
+    assert life.wanted() == [Spawn()]
+    assert life.state is State.LOADING
+    assert life.wanted() == []
+    assert life.ready() == [SubmitOpen()]
+    assert not life.ends_by_order
+    assert life.died(20.0, "why") == [Spawn()]
+    assert life.deaths == 1
+
+
+def test_one_that_is_wanted_while_it_ends_starts_when_it_has_ended():
+    life = unloaded_life()
+    assert life.wanted() == []
+    assert life.died(11.0, "exited") == [Spawn()]
+    assert (life.state, life.deaths) == (State.LOADING, 0)
+
+
+def test_one_that_does_not_end_when_it_is_unloaded_is_killed():
+    life = unloaded_life()
+    assert life.tick(15.0) == [Kill(stacks=False)]
+    assert life.died(15.1, "SIGKILL") == []
+    assert life.deaths == 0
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_an_unloaded_server_stops(gone):
+    life = unloaded_life()
+    if gone:
+        life.died(11.0, "")
+        assert life.stop(12.0) == [Stopped()]
+    else:
+        assert life.stop(12.0) == [AskExit(), WaitUntil(17.0)]
+        assert life.died(13.0, "") == [Stopped()]
+
+
+def test_only_a_ready_engine_is_unloaded():
+    life = EngineLife(POLICY)
+    life.start()
+    assert life.unload(0.0) == []
+    assert life.wanted() == []
+    life.halt("why")
+    assert life.unload(0.0) == []
+
+
+def test_a_restart_waits_for_the_systems_memory_but_not_for_ever():
+    life = ready_life()
+    (wait,) = life.died(100.0, "why", room=False)
+    looks = 0
+    while isinstance(wait, WaitUntil):
+        assert wait.at - 100.0 <= POLICY.memory_wait + POLICY.memory_look
+        (wait,) = life.tick(wait.at, room=False)
+        looks += 1
+    assert wait == Spawn()
+    assert looks > 10
+    (wait,) = life.died(200.0, "again", room=False)
+    (again,) = life.tick(wait.at, room=False)
+    assert life.tick(again.at, room=True) == [Spawn()]
+
+
 # Sequences
 
 ENDS = ("cancel", "text stop", "eos", "length", "death")

@@ -179,6 +179,8 @@ class Engine:
                 self.sequences[message.id] = sequence
         elif isinstance(message, wire.End) and self.sequences.pop(message.id, None) is not None:
             self.ended.append(wire.Ended(message.id, "cut", message.keep))
+        elif isinstance(message, wire.Release):
+            print(f"released {message.cache}", file=sys.stderr, flush=True)
 
     def step(self) -> None:
         self.steps += 1

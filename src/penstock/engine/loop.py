@@ -55,8 +55,6 @@ BACKLOG_BOUND = 8 << 20
 """Bytes that may wait to be written to the front before the engine stops launching steps."""
 IDLE_BEAT = 1.0
 """Seconds between signs of life while there is nothing to do."""
-IDLE_POOL = 5
-"""Beats without anything to do after which the allocator's pool goes back to the system."""
 SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
 
@@ -107,7 +105,6 @@ class Loop:
         self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
         self.running = Running(page)
         self.trial = False
-        self.idle_beats = 0
 
     def run(self) -> None:
         """Serve until the front closes the channel or says `Shutdown`."""
@@ -157,7 +154,8 @@ class Loop:
             if isinstance(decision, Plan) and self._enter(decision):
                 continue
             if isinstance(decision, Plan):
-                self.accounts.restore_pool(decision.transient)
+                if decision:
+                    self.accounts.restore_pool(decision.transient)
                 return decision
             if self.in_flight is not None and not isinstance(decision, Admit):
                 self._read()  # its transient is about to be free, and a row may end
@@ -212,22 +210,13 @@ class Loop:
             self.page.begin(Phase.IDLE)
             self.cache.tidy()
             self._audit()
-        messages = self.channel.receive(IDLE_BEAT if idle else 0.0)
-        for message in messages:
+        for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
             self._take(message)
-        self._rest(idle and not messages)
         while self.channel.backlog > BACKLOG_BOUND:
             for message in self.channel.receive(0.05):
                 self._take(message)
             self.page.beat()
         self.page.beat()
-
-    def _rest(self, idle: bool) -> None:
-        """Nothing to do for a while: freed buffers go back to the system, until the next plan."""
-        self.idle_beats = self.idle_beats + 1 if idle else 0
-        if self.idle_beats == IDLE_POOL:
-            self.accounts.clear_pool()
-            mx.clear_cache()
 
     def _take(self, message: wire.ToEngine) -> None:
         match message:
@@ -241,6 +230,10 @@ class Loop:
                     self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Budget():
                 self._set_budget(message.size)
+            case wire.Release(cache):
+                if cache:
+                    self.cache.clear()
+                self.accounts.clear_pool()
             case wire.Shutdown():
                 raise ShutdownAsked
             case _:

@@ -13,19 +13,20 @@ import logging
 import secrets
 from collections import deque
 from collections.abc import Mapping, Sequence
-from time import monotonic
+from time import monotonic, time
 from typing import Any
 
 import msgspec
 
 from penstock import wire
 from penstock.errors import Kind, PenstockError
-from penstock.guilt import judge, judge_memory, must_be_sole
+from penstock.guilt import must_be_sole
 from penstock.memory.probe import system_probe
 from penstock.supervisor import machine as m
 from penstock.supervisor.autopsy import DeathLog, memory_sign
+from penstock.supervisor.idle import Idle, Part
 from penstock.supervisor.incarnation import Engine as _Engine
-from penstock.supervisor.journal import Entry, Journal, accused, in_order_of_resubmission
+from penstock.supervisor.journal import Entry, Journal, accused, convicted, in_order_of_resubmission
 from penstock.supervisor.process import COMMAND, describe_exit
 from penstock.supervisor.queue import QueueLimits
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
@@ -49,6 +50,7 @@ class Backend:
         environment: Mapping[str, str] | None = None,
         warden: Warden | None = None,
         queue: QueueLimits | None = None,
+        idle: Idle | None = None,
     ) -> None:
         self.command = command
         self.warden = warden or Warden(system_probe())
@@ -57,6 +59,9 @@ class Backend:
         self.environment = environment
         self.ready: wire.Ready | None = None
         self.stage = ""
+        self.given_back: dict[str, int] = {}
+        """When each part was last given back for want of requests, in seconds of Unix time."""
+        self._idle = idle or Idle()
         self._limits = limits or m.HangLimits()
         self._life = m.EngineLife(policy)
         self._journal = Journal()
@@ -74,7 +79,7 @@ class Backend:
 
     @property
     def state(self) -> str:
-        """downloading (not started yet), loading, ready, stalled, restarting, halted, stopping."""
+        """downloading (not started yet), loading, ready, stalled, restarting, unloaded, halted, stopping."""
         if self._draining:
             return m.State.STOPPING.value
         if self._life.state is m.State.READY and self._stalled() is not None:
@@ -123,6 +128,10 @@ class Backend:
             entry = Entry(id, choice, job, sampling, ticket)
             self._journal.add(entry)
             self._unsent.append(entry)
+        self._idle.look(monotonic(), busy=True)
+        if self._life.state is m.State.UNLOADED:
+            _log.info("a request has come: the engine is being started")
+            self._act(self._life.wanted())
         self._flush()
         return ticket
 
@@ -148,7 +157,7 @@ class Backend:
         memory = None
         if self.status is not None:
             memory = {**msgspec.structs.asdict(self.status), "ceiling": self.warden.ceiling}
-        snapshot: dict[str, Any] = {
+        return {
             "state": self.state,
             "reason": self.reason,
             "stage": self.stage,
@@ -159,18 +168,9 @@ class Backend:
             "journal_bytes": self._journal.bytes,
             "memory": memory,
             "waiting": self._journal.waiting()[0],
-            "engine": None,
+            "given_back": dict(self.given_back),
+            "engine": None if self._engine is None else self._engine.facts(),
         }
-        if self._engine is not None:
-            view = self._engine.process.page.read()
-            snapshot["engine"] = {
-                "pid": self._engine.process.pid,
-                "epoch": self._engine.epoch,
-                "phase": view.phase.name.lower(),
-                "steps": view.steps,
-                "rows": len(view.rows),
-            }
-        return snapshot
 
     # Acting out the machine's decisions.
 
@@ -202,7 +202,6 @@ class Backend:
         assert self._options is not None
         self._epoch += 1
         self.stage = ""
-        self.status = None
         try:
             engine = self._engine = _Engine(self, self._epoch, self._limits)
         except OSError as error:
@@ -215,7 +214,10 @@ class Backend:
         task.add_done_callback(self._tasks.discard)
 
     def _tick(self) -> None:
-        self._act(self._life.tick(monotonic()))
+        self._act(self._life.tick(monotonic(), self._has_room()))
+
+    def _has_room(self) -> bool:
+        return self.warden.has_room(0 if self.ready is None else self.ready.weights_bytes)
 
     def _notify(self) -> None:
         self._changed.set()
@@ -390,32 +392,26 @@ class Backend:
         suspects = accused(self._journal, view.rows)
         words = engine.process.last_words
         memory = None if engine.verdict else memory_sign(engine.code, words, self.status)
-        expected = self._life.state in (m.State.STOPPING, m.State.HALTED)
+        self.status = None
+        lowered = self.warden.notches.count > 0
+        expected = self._life.ends_by_order
         if not expected:
             self._deaths.say(why, memory, words)
-        if memory is None:
-            found = judge(suspects)
-        else:
-            on_board = {e.id for e in self._journal if e.on_board} | {e.id for e, _ in suspects}
-            lowered = self.warden.notches.count > 0
-            found = judge_memory(suspects, sole=len(on_board) == 1, lowered=lowered)
-            if not expected:
+            if memory is not None:
                 self.warden.notches.lower(monotonic())
-        for entry in found:
+        for entry in convicted(self._journal, suspects, memory=memory is not None, lowered=lowered):
             _log.error("request %d ended the engine twice by itself, and fails", entry.id)
             died = "The engine died twice while computing this request."
             self._fail(entry, PenstockError(Kind.ENGINE_DIED, died))
             self._life.progressed()
-        going_on = set()
-        for entry in self._journal:
-            if entry.engine_died():
-                going_on.add(entry.ticket)
-            else:
-                self._journal.drop(entry)
-        for ticket in going_on:
+        for ticket in {entry.ticket for entry in self._journal if entry.epoch is not None}:
             ticket.stats.restarts += 1
+        for entry in self._journal:
+            if not entry.engine_died():
+                self._journal.drop(entry)
         by_itself = not view.rows and memory is None
-        self._act(self._life.died(monotonic(), why, at_work=bool(suspects), by_itself=by_itself))
+        at_work, room = bool(suspects), self._has_room()
+        self._act(self._life.died(monotonic(), why, at_work=at_work, by_itself=by_itself, room=room))
         if not expected and self._life.state is m.State.RESTARTING:
             _log.warning("a new engine is being started; %d open sequences go on in it", len(self._journal))
 
@@ -431,8 +427,22 @@ class Backend:
         if budget is not None:
             engine.channel.send(budget)
         busy = len(self._journal) > 0 or self._life.state is not m.State.READY
+        self._rest(engine, busy)
         still = engine.watch.hung(monotonic(), engine.process.page.read(), busy)
         if still is not None:
             engine.verdict = f"it made no progress for {still:.0f} s"
             _log.error("the engine hangs: %s; it is being replaced", engine.verdict)
             self._act(self._life.hung())
+
+    def _rest(self, engine: _Engine, busy: bool) -> None:
+        """Nothing has been asked for in a while: what is not needed goes back to the system."""
+        part = self._idle.look(monotonic(), busy)
+        if part is None:
+            return
+        self.given_back[part] = int(time())
+        if part is Part.ENGINE:
+            self._act(self._life.unload(monotonic()))
+        else:
+            engine.channel.send(wire.Release(part is Part.CACHE))
+        say = _log.debug if part is Part.POOL else _log.info
+        say("no request for a while: the %s was given back", part.replace("_", " "))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from time import monotonic
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from penstock.supervisor import machine
 from penstock.supervisor.channel import FrontChannel
@@ -33,3 +33,14 @@ class Engine:
             lambda error: backend._closed(self, error),
             backend._flush,
         )
+
+    def facts(self) -> dict[str, Any]:
+        """What it is doing, from its page, for /health."""
+        view = self.process.page.read()
+        return {
+            "pid": self.process.pid,
+            "epoch": self.epoch,
+            "phase": view.phase.name.lower(),
+            "steps": view.steps,
+            "rows": len(view.rows),
+        }

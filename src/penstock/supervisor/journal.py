@@ -13,7 +13,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 
 from penstock import wire
-from penstock.guilt import Accusation, Span
+from penstock.guilt import Accusation, Span, judge, judge_memory
 from penstock.page import Row
 from penstock.supervisor.machine import SequenceLife
 from penstock.supervisor.ticket import Job, Ticket
@@ -143,3 +143,13 @@ def accused(entries: Iterable[Entry], running: Iterable[Row]) -> list[tuple[Entr
     """
     spans = {id: (start, end) for id, start, end in running}
     return [(e, spans[e.id]) for e in entries if e.id in spans and e.life.is_open and e.epoch is not None]
+
+
+def convicted(
+    entries: Iterable[Entry], suspects: list[tuple[Entry, Span]], *, memory: bool, lowered: bool
+) -> list[Entry]:
+    """Who fails for a death; `memory`: it looked like that; `lowered`: the budget was lowered before."""
+    if not memory:
+        return judge(suspects)
+    on_board = {e.id for e in entries if e.on_board} | {e.id for e, _ in suspects}
+    return judge_memory(suspects, sole=len(on_board) == 1, lowered=lowered)

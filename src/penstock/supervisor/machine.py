@@ -6,8 +6,9 @@ text stop, end of turn, length and engine death, the API hears exactly one end. 
 from a slow one and from a front that was itself asleep.
 
     loading ──ready──▶ ready ──died──▶ restarting ──ready──▶ ready
-       │ halt, or deaths in a row: three while loading,           any ──stop──▶ stopping
-       │ three of idle engines, eight without progress
+       │ ▲              └──unload──▶ unloaded                     any ──stop──▶ stopping
+       │ └────────────wanted────────────┘
+       │ halt, or deaths in a row: three while loading, three of idle engines, eight without progress
        └──────────────▶ halted
 """
 
@@ -24,6 +25,7 @@ class State(StrEnum):
     LOADING = "loading"
     READY = "ready"
     RESTARTING = "restarting"
+    UNLOADED = "unloaded"
     HALTED = "halted"
     STOPPING = "stopping"
 
@@ -85,6 +87,9 @@ class Policy:
     backoff: float = 0.5
     longest_backoff: float = 30.0
     exit_grace: float = 10.0
+    memory_wait: float = 10.0
+    """The longest that a restart waits until the system has a dead engine's memory back."""
+    memory_look: float = 0.2
 
 
 class EngineLife:
@@ -96,11 +101,18 @@ class EngineLife:
         self.reason: str | None = None
         self.deaths = 0
         self._alive = False
+        self._leaving = False
+        self._patience = 0.0
         self._fruitless = 0
         self._idle_deaths = 0
         self._stuck_deaths = 0
         self._loading_deaths = 0
         self._due: float | None = None
+
+    @property
+    def ends_by_order(self) -> bool:
+        """The engine's end, when it comes, is no death."""
+        return self._leaving or self.state in (State.HALTED, State.STOPPING)
 
     def start(self) -> list[Action]:
         return self._spawn()
@@ -116,16 +128,35 @@ class EngineLife:
         """Something was computed since the last death that never was before, or the guilty was found."""
         self._fruitless = self._idle_deaths = self._stuck_deaths = 0
 
-    def died(self, now: float, why: str, *, at_work: bool = False, by_itself: bool = False) -> list[Action]:
+    def unload(self, now: float) -> list[Action]:
+        """Nobody needs the engine: it ends until somebody does."""
+        if self.state is not State.READY:
+            return []
+        self.state = State.UNLOADED
+        return self._ask_exit(now)
+
+    def wanted(self) -> list[Action]:
+        """A request has come."""
+        if self.state is not State.UNLOADED:
+            return []
+        self.state = State.LOADING
+        return [] if self._alive else self._spawn()
+
+    def died(
+        self, now: float, why: str, *, at_work: bool = False, by_itself: bool = False, room: bool = True
+    ) -> list[Action]:
         """The engine process is gone, or could not be started.
 
-        `at_work`: it was computing something; `by_itself`: it was not, and nobody else ended it.
+        `at_work`: it was computing something; `by_itself`: it was not, and nobody else ended it; `room`: the
+        system could hold the next one.
         """
-        self._alive = False
+        self._alive, left, self._leaving = False, self._leaving, False
         if self.state is State.HALTED:
             return []
         if self.state is State.STOPPING:
             return [Stopped()]
+        if left:
+            return self._spawn() if self.state is State.LOADING else []
         loading = self.state is not State.READY
         self.deaths += 1
         self._fruitless += 1
@@ -139,11 +170,10 @@ class EngineLife:
             times = max(self._idle_deaths, self._stuck_deaths)
             return self._give_up(f"the engine died {times} times in a row without progress, at last {why}")
         self.state, self.reason = State.RESTARTING, why
-        if self._fruitless == 1:
-            return self._spawn()
-        delay = self.policy.backoff * 2.0 ** min(self._fruitless - 2, 30)
+        delay = self.policy.backoff * 2.0 ** min(self._fruitless - 2, 30) if self._fruitless > 1 else 0.0
         self._due = now + min(delay, self.policy.longest_backoff)
-        return [WaitUntil(self._due)]
+        self._patience = self._due + self.policy.memory_wait
+        return [WaitUntil(self._due)] if delay else self.tick(now, room)
 
     def halt(self, why: str) -> list[Action]:
         """The engine says that a restart would not mend it."""
@@ -163,18 +193,24 @@ class EngineLife:
         if loading:
             # It would hear the request only when the load is done, and has nothing to lose.
             return [Kill(stacks=False)]
-        self._due = now + self.policy.exit_grace
-        return [AskExit(), WaitUntil(self._due)]
+        return self._ask_exit(now)
 
-    def tick(self, now: float) -> list[Action]:
+    def tick(self, now: float, room: bool = True) -> list[Action]:
+        """What was waited for is due; `room`: the system could hold the next engine."""
         if self._due is None or now < self._due:
             return []
         self._due = None
         if self.state is State.RESTARTING and not self._alive:
-            return self._spawn()
-        if self.state is State.STOPPING and self._alive:
-            return [Kill(stacks=False)]
-        return []
+            if room or now >= self._patience:
+                return self._spawn()
+            self._due = now + self.policy.memory_look
+            return [WaitUntil(self._due)]
+        return [Kill(stacks=False)] if self._leaving and self._alive else []
+
+    def _ask_exit(self, now: float) -> list[Action]:
+        self._leaving = True
+        self._due = now + self.policy.exit_grace
+        return [AskExit(), WaitUntil(self._due)]
 
     def _spawn(self) -> list[Action]:
         self._alive = True

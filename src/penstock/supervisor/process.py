@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import importlib
 import logging
 import os
 import signal
@@ -23,6 +22,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from penstock.page import Page
+from penstock.platform import engine_environment
 
 COMMAND = (sys.executable, "-m", "penstock.engine")
 LINE_BOUND = 2000
@@ -49,18 +49,6 @@ def describe_exit(code: int, platform: str = sys.platform) -> str:
     return f"killed by signal {-code} ({name})" + (f", {hint}" if hint else "")
 
 
-def engine_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """The environment an engine starts with: the platform's additions, and stacks on a crash."""
-    try:
-        platform = importlib.import_module("penstock.platform")
-    except ImportError:
-        prepared = dict(environment)
-    else:
-        prepared = dict(platform.engine_environment(environment))
-    prepared["PYTHONFAULTHANDLER"] = "1"
-    return prepared
-
-
 class EngineProcess:
     """A started engine. `on_exit(code)` is called once, on the event loop, when it has been reaped."""
 
@@ -77,7 +65,7 @@ class EngineProcess:
         self._over = False
         self._last_words: deque[str] = deque(maxlen=TAIL_LINES)
         environment = engine_environment(os.environ if environment is None else environment)
-        environment["PENSTOCK_ENGINE_EPOCH"] = str(epoch)
+        environment |= {"PYTHONFAULTHANDLER": "1", "PENSTOCK_ENGINE_EPOCH": str(epoch)}
         self.page = Page.create()
         self.socket, theirs = socket.socketpair()
         try:

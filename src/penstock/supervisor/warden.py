@@ -6,6 +6,8 @@ Invariant: an engine is told a budget before it loads anything.
 
 from __future__ import annotations
 
+import os
+
 from penstock import wire
 from penstock.log import repeated
 from penstock.memory.probe import Pressure, Probe
@@ -72,6 +74,17 @@ class Warden:
             return None
         self._told = budget
         return self._message()
+
+    def has_room(self, size: int) -> bool:
+        """Whether the system could hold `size` bytes more now: a driver may lag behind a process's end.
+
+        True where the system does not tell.
+        """
+        available = self.probe.read(os.getpid()).available
+        if available is None or available >= size:
+            return True
+        repeated("room", f"{gigabytes(available)} are free, less than the model: its restart waits a little")
+        return False
 
     def _message(self) -> wire.Budget:
         assert self.governor is not None
