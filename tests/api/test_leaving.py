@@ -6,11 +6,14 @@ import asyncio
 import contextlib
 import json
 import socket
+import sys
 from typing import Any
 
 import pytest
 from tests.support.fake_backend import BLOB_ID, Server, say, serving, wait_until
+from tests.support.hang_ups import vanish
 
+from penstock.api.protocol import Bounds
 from penstock.api.service import Timing
 
 PATIENT = Timing()
@@ -138,6 +141,23 @@ def test_a_client_that_does_not_read_is_dropped(caplog: pytest.LogCaptureFixture
         connection.close()
     assert "Exception" not in caplog.text
     assert "without completing" not in caplog.text
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="a filter drops the client's packets")
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize("script", [silent, say("word ", forever=True, pause=0.01)])
+def test_a_client_whose_machine_vanished_is_found_out(
+    stream: bool, script: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It never says so; nothing that is sent to it comes back, or nothing answers the system's probes."""
+    with serving(script, timing=HASTY, bounds=Bounds(vanished=1)) as server:
+        with contextlib.closing(post(server, stream=stream)) as connection:
+            wait_until(lambda: len(server.backend.runs) == 1)
+            vanish(connection)
+            wait_until(lambda: server.backend.runs[0].ended != {})
+            wait_until(lambda: server.service.admission.open == 0)
+        assert not server.on_loop(lambda: server.server.server_state.connections)
+    assert "Exception" not in caplog.text
 
 
 def test_a_slow_reader_gets_everything() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import random
@@ -10,6 +11,7 @@ import struct
 from collections.abc import Callable
 from typing import Any
 
+SO_ATTACH_FILTER = 26
 STAGES = ("tokenise", "queued", "prefill", "tokens", "last", "plain")
 
 
@@ -33,6 +35,17 @@ def until(connection: socket.socket, mark: bytes, times: int = 1) -> bytes:
     while received.count(mark) < times and (part := connection.recv(65536)):
         received += part
     return received
+
+
+def vanish(connection: socket.socket) -> None:
+    """The client's machine is gone: nothing that comes is answered any more, or even acknowledged. Linux.
+
+    A filter on the socket drops all packets. Keep the connection: its end would be told to the server.
+    """
+    drop_all = ctypes.create_string_buffer(struct.pack("HBBI", 0x06, 0, 0, 0))
+    connection.setsockopt(
+        socket.SOL_SOCKET, SO_ATTACH_FILTER, struct.pack("HP", 1, ctypes.addressof(drop_all))
+    )
 
 
 def leave(connection: socket.socket, reset: bool) -> None:

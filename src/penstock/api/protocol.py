@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
-from penstock import log
+from penstock import log, platform
 from penstock.errors import Kind, PenstockError
 
 DESCRIPTORS = 8192
@@ -37,6 +37,8 @@ class Bounds:
     linger: float = 5.0
     """For the rest of a body whose request has been answered."""
     connections: int = 4096
+    vanished: int = 120
+    """Without a sign of the client's machine."""
 
 
 def room_for_connections(bounds: Bounds) -> Bounds:
@@ -75,6 +77,7 @@ class BoundedProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        platform.notice_vanished_peer(transport.get_extra_info("socket"), self._bounds.vanished)
         if len(self.connections) > self._bounds.connections and not self._make_room():
             self._refuse(Kind.BUSY, "The server is busy, retry: too many connections are open.")
             return
