@@ -12,6 +12,8 @@ import random
 import signal
 import statistics
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
@@ -22,6 +24,8 @@ from tests.support.traffic import Traffic, bodies
 from tests.support.whole_server import WholeServer
 
 WIDTH = 8
+WAITING = 3
+"""Streams that have no id yet, queued or in prefill, at every second death; plain requests do not tell."""
 CONTEXT = 16384
 
 
@@ -48,22 +52,38 @@ async def engine(server: WholeServer, since: int = 0) -> int:
         await asyncio.sleep(0.05)
 
 
-async def kill_at_random(server: WholeServer, traffic: Traffic, kills: int) -> list[tuple[float, float]]:
-    """Returns seconds from each death to the next engine's readiness, and to the next id."""
+@dataclass(frozen=True)
+class Death:
+    """Seconds from it to the next engine's readiness, and to the next id; streams that had no id yet."""
+
+    load: float
+    token: float
+    waiting: int
+
+
+async def kill_at_random(server: WholeServer, traffic: Traffic, kills: int) -> list[Death]:
     draw = random.Random(5)
-    times = []
+    deaths = []
     pid = await engine(server)
-    for _ in range(kills):
-        await asyncio.sleep(draw.uniform(0.05, 1.5))
+    for number in range(kills):
+        await asyncio.sleep(draw.uniform(0.05, 1.0))
+        while number % 2 and len(traffic.waiting) < WAITING:
+            await asyncio.sleep(0.005)
         assert traffic.open == WIDTH
-        died = time.monotonic()
+        waiting, died = len(traffic.waiting), time.monotonic()
         os.kill(pid, signal.SIGKILL)
         pid = await engine(server, pid)
         ready = time.monotonic()
         while traffic.last_token < ready - 0.1:
             await asyncio.sleep(0.01)
-        times.append((ready - died, max(traffic.last_token, ready) - died))
-    return times
+        deaths.append(Death(ready - died, max(traffic.last_token, ready) - died, waiting))
+    return deaths
+
+
+def quantiles(seconds: Iterable[float]) -> str:
+    ordered = sorted(seconds)
+    median, most = statistics.median(ordered), ordered[len(ordered) * 95 // 100]
+    return f"median {median:.2f} s, 95th percentile {most:.2f} s"
 
 
 async def play(server: WholeServer, kills: int, longest: int) -> None:
@@ -72,18 +92,19 @@ async def play(server: WholeServer, kills: int, longest: int) -> None:
     assert all(answer.broken is None for answer in expected)
     traffic = Traffic(server.url, requests, WIDTH)
     running = asyncio.create_task(traffic.run())
-    times = await kill_at_random(server, traffic, kills)
+    deaths = await kill_at_random(server, traffic, kills)
     traffic.stopping = True
     await running
     cut = [(at, answer.broken) for at, answer in traffic.answers if answer.broken is not None]
     other = [at for at, answer in traffic.answers if answer.broken is None and answer != expected[at]]
-    loads, tokens = zip(*times, strict=True)
-    worst = sorted(tokens)[int(len(tokens) * 0.95) - 1] if len(tokens) > 1 else tokens[0]
     print(
         f"\n{kills} kills, {len(traffic.answers)} answers: {len(cut)} cut, {len(other)} with other texts; "
-        f"death to next id: median {statistics.median(tokens):.2f} s, 95th percentile {worst:.2f} s, "
-        f"of which start and load {statistics.median(loads):.2f} s"
+        f"streams without an id at the death: {statistics.mean(d.waiting for d in deaths):.1f} of {WIDTH}"
+        f"\ndeath to next id: {quantiles(d.token for d in deaths)}"
+        f"\n  start and load: {quantiles(d.load for d in deaths)}"
+        f"\n  then, prefill computed again: {quantiles(d.token - d.load for d in deaths)}"
     )
+    assert all(death.waiting >= WAITING for death in deaths[1::2])
     assert cut == []
     assert other == [], [(expected[at].texts, at) for at in other[:1]]
     assert (await asyncio.to_thread(server.health))["engine_deaths"] == kills

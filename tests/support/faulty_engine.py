@@ -1,6 +1,7 @@
 """The real engine with a fault in its runner, named by PENSTOCK_TEST_FAULT. Production code has no hook.
 
-`slow:SECONDS`: the first step of decoding takes so long; `abort:ID`: computing this id aborts the process.
+`slow:SECONDS`: the first step of decoding takes so long; `abort:ID`: computing this id aborts the process;
+`fence:SHARE`: --hard-memory-limit is at this share of where it should be, and the budget does not know.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from tests.support.faults import Poisoned, aborts
 
-from penstock.engine import loop, main
+from penstock.engine import limits, loop, main
 
 
 class Slow:
@@ -34,18 +35,18 @@ class Slow:
         return self._runner.decode(rows, inputs)
 
 
-def wrapped(runner: Any) -> Any:
-    kind, _, detail = os.environ["PENSTOCK_TEST_FAULT"].partition(":")
-    return Slow(runner, float(detail)) if kind == "slow" else Poisoned(runner, aborts, int(detail))
-
-
 def run_with_fault() -> int:
-    made = loop.Loop.__init__
+    kind, _, detail = os.environ["PENSTOCK_TEST_FAULT"].partition(":")
+    made, fence = loop.Loop.__init__, limits.fence
 
     def init(self: loop.Loop, runner: Any, *rest: Any, **named: Any) -> None:
-        made(self, wrapped(runner), *rest, **named)
+        faulty = Slow(runner, float(detail)) if kind == "slow" else Poisoned(runner, aborts, int(detail))
+        made(self, faulty, *rest, **named)
 
-    loop.Loop.__init__ = init  # type: ignore[method-assign]
+    if kind == "fence":
+        limits.fence = lambda ceiling: fence(int(ceiling * float(detail)))
+    else:
+        loop.Loop.__init__ = init  # type: ignore[method-assign]
     return main.main()
 
 

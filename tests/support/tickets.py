@@ -36,12 +36,12 @@ class Heard:
     progress: list[tuple[int, int]] = field(default_factory=list)
 
 
-async def hear(ticket: Ticket) -> Heard:
+async def hear(ticket: Ticket, patience: float = 20.0) -> Heard:
     """Everything until Done. Raises what the ticket raises; fails on a token or an end after an end."""
     heard = Heard()
     while True:
         try:
-            event = await ticket.next(20.0)
+            event = await ticket.next(patience)
         except Done:
             return heard
         match event:
@@ -54,4 +54,4 @@ async def hear(ticket: Ticket) -> Heard:
             case Progress():
                 heard.progress.append((event.done, event.total))
             case None:
-                raise AssertionError("nothing for 20 s")
+                raise AssertionError(f"nothing for {patience:g} s")

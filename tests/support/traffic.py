@@ -8,6 +8,7 @@ import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import httpx
@@ -119,6 +120,8 @@ class Traffic:
         self.stopping = False
         self.last_token = time.monotonic()
         self.open = 0
+        self.waiting: set[int] = set()
+        """Streams that are open and have no token yet, by the number of their request."""
         self._next = 0
 
     async def run(self) -> None:
@@ -140,11 +143,16 @@ class Traffic:
 
     async def _client(self) -> None:
         while not self.stopping:
-            at = self._next % len(self.requests)
-            self._next += 1
+            number, self._next = self._next, self._next + 1
+            at = number % len(self.requests)
             self.open += 1
-            self.answers.append((at, await ask(self.client, self.requests[at], self._token)))
+            if self.requests[at]["stream"]:
+                self.waiting.add(number)
+            answer = await ask(self.client, self.requests[at], partial(self._token, number))
+            self.answers.append((at, answer))
+            self.waiting.discard(number)
             self.open -= 1
 
-    def _token(self) -> None:
+    def _token(self, number: int) -> None:
         self.last_token = time.monotonic()
+        self.waiting.discard(number)

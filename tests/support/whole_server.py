@@ -18,7 +18,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,8 +64,9 @@ class WholeServer:
         *flags: str,
         data_limit: int | None = None,
         environment: Mapping[str, str] | None = None,
+        program: Sequence[str] = PENSTOCK,
     ) -> None:
-        """`data_limit`: RLIMIT_DATA in bytes, inherited by the whole tree."""
+        """`data_limit`: RLIMIT_DATA in bytes, inherited by the whole tree; `program`: what is started."""
         self.log_file = scratch / "server.log"
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
@@ -79,7 +80,7 @@ class WholeServer:
 
         with self.log_file.open("wb") as log:
             self.process = subprocess.Popen(
-                [*PENSTOCK, "serve", str(model), "--port", str(self.port), *flags],
+                [*program, "serve", str(model), "--port", str(self.port), *flags],
                 cwd=ROOT,
                 env={**os.environ, **_OWN, "XDG_CACHE_HOME": str(scratch / "cache"), **(environment or {})},
                 stdout=log,
