@@ -30,7 +30,7 @@ def header(path: Path) -> dict[str, Any]:
         try:
             found = json.loads(file.read(size))
         except ValueError:
-            raise WeightsError(f"{path} has a damaged header.") from None
+            found = None
     if not isinstance(found, dict):
         raise WeightsError(f"{path} has a damaged header.")
     found.pop("__metadata__", None)
@@ -39,11 +39,8 @@ def header(path: Path) -> dict[str, Any]:
 
 def resident(headers: Mapping[str, Any], *, widened: bool) -> int:
     """Bytes that the tensors take when loaded; `widened`: half precision becomes float32, as on CPUs."""
-    total = 0
-    for tensor in headers.values():
-        start, end = tensor["data_offsets"]
-        total += (end - start) * (2 if widened and tensor["dtype"] in _HALF else 1)
-    return total
+    sizes = ((tensor["dtype"], *tensor["data_offsets"]) for tensor in headers.values())
+    return sum((end - start) * (2 if widened and dtype in _HALF else 1) for dtype, start, end in sizes)
 
 
 def main_dtype(headers: Mapping[str, Any]) -> str:

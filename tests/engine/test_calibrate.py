@@ -34,7 +34,7 @@ def calibrated(runner: Runner, longest: int = 1024) -> Transient:
 
 def measure(runner: Runner, length: int, context: int) -> Sample:
     bench = calibrate._Bench(runner, scaled_models.VOCAB, 8 << 30, lambda: None)
-    return bench._chunk(length, context, 0)[1]
+    return bench._chunk(length, context)[1]
 
 
 @pytest.mark.parametrize("name", NAMES)

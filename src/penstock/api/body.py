@@ -15,7 +15,7 @@ import msgspec
 
 from penstock.api.admission import Lease
 from penstock.api.exchange import Exchange
-from penstock.api.schema import Sampled
+from penstock.api.schema import Asked
 from penstock.errors import Kind, PenstockError
 
 MAX_BODY = 32_000_000
@@ -27,7 +27,7 @@ PREPARING = 8
 NAME_WITHIN = 1_000_000
 """How far into a malformed body the field at fault is looked for, in bytes."""
 
-Request = TypeVar("Request", bound=Sampled)
+Request = TypeVar("Request", bound=Asked)
 
 _TOKEN = re.compile(rb'"(?:[^"\\]|\\.)*"?|[\[\]{},:]', re.DOTALL)
 _LONE_SURROGATE = re.compile(rb"\\u[dD](?:[89abAB][0-9a-fA-F]{2}(?!\\u[dD][c-fC-F])|[c-fC-F][0-9a-fA-F]{2})")
@@ -167,13 +167,8 @@ def path_at(body: bytes, offset: int) -> str:
     return text
 
 
-def _shallow(value: Any, left: int) -> bool:
-    if isinstance(value, dict):
-        children = value.values()
-    elif isinstance(value, list):
-        children = value  # type: ignore[assignment]
-    else:
-        return True
+def _shallow(value: dict[str, Any] | list[Any], left: int) -> bool:
+    children = value.values() if isinstance(value, dict) else value
     return left > 0 and all(
         _shallow(child, left - 1) for child in children if isinstance(child, (dict, list))
     )

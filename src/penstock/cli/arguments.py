@@ -129,33 +129,22 @@ def reference() -> str:
         "machine's memory.",
     ]
     for name, options in groupby(config.listed(), key=lambda option: option.metadata["group"]):
-        lines += [
-            "",
-            f"## {name}",
-            "",
-            "| flag | variable | key | default | meaning |",
-            "|---|---|---|---|---|",
-        ]
+        titles = "| flag | variable | key | default | meaning |"
+        lines += ["", f"## {name}", "", titles, "|---|---|---|---|---|"]
         for option in options:
-            metavar = option.metadata["form"].metavar
-            flag = f"{config.flag_of(option)} {metavar}".strip()
-            cells = (
-                f"`{flag}`",
-                f"`{config.variable_of(option)}`",
-                f"`{option.name}`",
-                _default(option),
-                _meaning(option),
-            )
+            flag = f"{config.flag_of(option)} {option.metadata['form'].metavar}".strip()
+            names = (f"`{written}`" for written in (flag, config.variable_of(option), option.name))
+            cells = (*names, _default(option), _meaning(option))
             lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(lines) + "\n"
 
 
 def _meaning(option: Field[Any]) -> str:
-    for reason in ("refused", "accepted"):
-        if reason in option.metadata:
-            verb = "Refused" if reason == "refused" else "Accepted without effect"
-            return f"{option.metadata['help']} {verb}: {option.metadata[reason]}."
-    return str(option.metadata["help"])
+    meaning = str(option.metadata["help"])
+    for key, verb in (("refused", "Refused"), ("accepted", "Accepted without effect")):
+        if key in option.metadata:
+            meaning += f" {verb}: {option.metadata[key]}."
+    return meaning
 
 
 def _default(option: Field[Any]) -> str:
@@ -164,10 +153,6 @@ def _default(option: Field[Any]) -> str:
         return str(option.metadata.get("unset", "none"))
     if isinstance(value, bool):
         return "on" if value else "off"
-    return (
-        gigabytes(value)
-        if option.metadata["form"] is config.SIZE
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if option.metadata["form"] is config.SIZE:
+        return gigabytes(value)
+    return f"{value:g}" if isinstance(value, float) else str(value)

@@ -36,8 +36,7 @@ def add(commands: Any) -> None:
 
 def run(asked: argparse.Namespace) -> int:
     """Play the profile and print what came of it."""
-    from penstock.traffic.profiles import PROFILES as MAKERS
-    from penstock.traffic.profiles import to_lines
+    from penstock.traffic.profiles import issue1390, to_lines
     from penstock.traffic.report import table
     from penstock.traffic.watch import run_watched
 
@@ -45,7 +44,7 @@ def run(asked: argparse.Namespace) -> int:
     if address.scheme not in ("http", "https") or not address.hostname or asked.scale <= 0:
         print("penstock: --url must be an http address, and --scale above 0.", file=sys.stderr)
         return 2
-    events = MAKERS[asked.profile](asked.seed, asked.scale, asked.sessions)
+    events = issue1390(asked.seed, asked.scale, asked.sessions)
     if asked.events:
         sys.stdout.write(to_lines(events))
         return 0

@@ -1,9 +1,9 @@
 """Measures what steps of this model hold on this device, once at load: the samples that `predict` fits.
 
 A long context is faked: a row of zeros with its offset set, because what a step allocates does not depend on
-what it reads. Short steps come first, and each tells whether the next is affordable, in time and in bytes:
-what is measured is leased like anything else. Refuses nothing; a step that fails to run here would fail in
-service, so its error goes up. Invariant: the engine holds afterwards what it held before.
+what it reads. Short steps come first, and each tells whether the next is affordable, in time and in bytes.
+Refuses nothing; a step that fails to run here would fail in service, so its error goes up. Invariant: the
+engine holds afterwards what it held before.
 """
 
 from __future__ import annotations
@@ -22,7 +22,6 @@ from penstock.engine.gated_delta import THRESHOLD
 from penstock.engine.rows import Row
 from penstock.engine.sampler import SamplingBatch, sample
 from penstock.memory.costs import CHUNK_FLOOR, Costs
-from penstock.memory.ledger import Account, Lease, Ledger
 from penstock.memory.predict import Sample, Transient, fit, fit_curve
 from penstock.wire import Sampling
 
@@ -84,7 +83,8 @@ def calibrate(
     bench = _Bench(runner, vocab_size, room, beat)
     longest = max(1, min(longest, context_length - 2))
     alone = bench.alone(longest)
-    long = max(1, min(LONG, context_length - longest - 2, max(LEAST_LONG, bench.longest_row())))
+    quarter = room // (4 * max(1, costs_of(runner).kv_per_token))  # ids of a row that takes so much of it
+    long = max(1, min(LONG, context_length - longest - 2, max(LEAST_LONG, quarter)))
     deep = bench.deep([s.chunks[0][0] for s in alone], long)
     steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
     usual, costly = (max(bench.draw(sampling) for _ in range(3)) for sampling in (USUAL, COSTLY))
@@ -93,19 +93,13 @@ def calibrate(
 
 
 class _Bench:
-    """Takes the samples, each under a lease, and knows how long they took."""
+    """Takes the samples, and knows how long they took."""
 
     def __init__(self, runner: Runner, vocab_size: int, room: int, beat: Callable[[], object]) -> None:
-        self.runner, self.vocab_size, self.beat = runner, vocab_size, beat
-        self.costs = costs_of(runner)
-        self.ledger = Ledger(room)
+        self.runner, self.vocab_size, self.room, self.beat = runner, vocab_size, room, beat
         self.clock = time.process_time if _on_cpu() else time.monotonic
         self.left = PATIENCE
-        self.rows: list[tuple[Row, Lease | None]] = []
-
-    def longest_row(self) -> int:
-        """Ids of a row that takes a quarter of the room."""
-        return self.ledger.room // (4 * max(1, self.costs.kv_per_token))
+        self.rows: list[Row] = []
 
     def alone(self, longest: int) -> list[Sample]:
         """Chunks without context, doubling in length as long as time and room allow."""
@@ -113,9 +107,9 @@ class _Bench:
         took = 0.0
         for length in _lengths(longest):
             expected = int(5 * samples[-1].peak) if samples else 0  # twice as long: scores are four times
-            if length > CHUNK_FLOOR and (3 * took > self.left or not self.ledger.can_reserve(expected)):
+            if length > CHUNK_FLOOR and (3 * took > self.left or expected > self.room):
                 break
-            took, sample = self._chunk(length, 1, expected)
+            took, sample = self._chunk(length, 1)
             samples.append(sample)
         return samples
 
@@ -131,18 +125,18 @@ class _Bench:
             return []
         self.left = PATIENCE
         short, *rest = [n for n in SHORT_CHUNKS if n <= lengths[-1]] or lengths[-1:]
-        took, _ = self._chunk(short, min(1024, long), 0)
+        took, _ = self._chunk(short, min(1024, long))
         while long > LEAST_LONG and took * long / 1024 * 7 > self.left:
             long //= 2
-        pairs = [[self._chunk(n, k, 0) for k in (long // 2, long)] for n in (short, *rest)]
+        pairs = [[self._chunk(n, k) for k in (long // 2, long)] for n in (short, *rest)]
         # A quick device shows its long chunks' kernels, too.
         for length in [n for n in lengths if n >= CHUNK_FLOOR]:
             took, far = pairs[-1][1]
             growth = length / far.chunks[0][0]
             expected = int(2 * growth * far.peak)
-            if took * growth * 2 > self.left or not self.ledger.can_reserve(expected):
+            if took * growth * 2 > self.left or expected > self.room:
                 break
-            pairs.append([self._chunk(length, k, expected) for k in (long // 2, long)])
+            pairs.append([self._chunk(length, k) for k in (long // 2, long)])
         return [sample for pair in pairs[-2:] for _, sample in pair]
 
     def step(self, count: int, context: int) -> Sample:
@@ -175,17 +169,14 @@ class _Bench:
 
     def close(self) -> None:
         """Let go of the rows."""
-        for row, lease in self.rows:
+        for row in self.rows:
             self.runner.close(row)
-            if lease is not None:
-                self.ledger.release(lease)
         self.rows = []
         mx.clear_cache()
 
-    def _chunk(self, length: int, context: int, expected: int) -> tuple[float, Sample]:
+    def _chunk(self, length: int, context: int) -> tuple[float, Sample]:
         """A chunk after `context` ids, and the seconds it took."""
         (row,) = self._stand(1, context, length)
-        lease = self.ledger.reserve(Account.TRANSIENT, expected)
         base = _settled()
         began = self.clock()
         arrays = self.runner.prefill(row, [0] * length)
@@ -193,8 +184,6 @@ class _Bench:
         peak = int(mx.get_peak_memory()) - base
         took = self.clock() - began
         self.left -= took
-        if lease is not None:
-            self.ledger.release(lease)
         del arrays
         self.close()
         return took, Sample(((length, context),), peak)
@@ -204,8 +193,7 @@ class _Bench:
         self.beat()
         for _ in range(count):
             row = self.runner.open(context + more + 1)
-            lease = self.ledger.reserve(Account.LIVE_KV, self.costs.row(row.capacity))
-            self.rows.append((row, lease))
+            self.rows.append(row)
             mx.eval(self.runner.prefill(row, [0]))
             for leaf in row.leaves:
                 if isinstance(leaf, RotatingKVCache):
@@ -214,7 +202,7 @@ class _Bench:
                 elif hasattr(leaf, "offset"):
                     leaf.offset = context
             row.length = context
-        return [row for row, _ in self.rows]
+        return self.rows
 
 
 def _lengths(longest: int) -> list[int]:

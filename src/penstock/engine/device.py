@@ -23,11 +23,8 @@ def facts() -> wire.Device:
     """The device, before anything is loaded."""
     _warm_up()
     info = mx.device_info()
-    limit = {
-        "metal": info.get("max_recommended_working_set_size"),
-        "cuda": info.get("free_memory"),
-        "cpu": None,
-    }[backend()]
+    limits = {"metal": "max_recommended_working_set_size", "cuda": "free_memory"}
+    limit = info.get(limits.get(backend(), ""))
     used = system_probe().read(os.getpid()).private or 0
     return wire.Device(backend(), name(), None if limit is None else int(limit), used)
 

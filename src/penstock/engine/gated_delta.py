@@ -54,8 +54,6 @@ def gated_delta_chunked(
     beta: mx.array,
     state: mx.array | None = None,
     mask: mx.array | None = None,
-    *,
-    chunk: int = CHUNK,
 ) -> tuple[mx.array, mx.array]:
     """Run the gated delta rule over T tokens; a drop-in for mlx-lm's ``gated_delta_ops``.
 
@@ -72,9 +70,9 @@ def gated_delta_chunked(
     state_dtype = mx.float32 if state is None else state.dtype
     current = mx.zeros(shape) if state is None else state.astype(mx.float32)
     outputs = []
-    for start in range(0, tokens, chunk * GROUP):
-        part = slice(start, min(start + chunk * GROUP, tokens))
-        y, current = _group(q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], current, chunk)
+    for start in range(0, tokens, CHUNK * GROUP):
+        part = slice(start, start + CHUNK * GROUP)
+        y, current = _group(q[:, part], k[:, part], v[:, part], g[:, part], beta[:, part], current)
         outputs.append(y.astype(q.dtype))
     y = outputs[0] if len(outputs) == 1 else mx.concatenate(outputs, axis=1)
     return y, current.astype(state_dtype)
@@ -86,21 +84,15 @@ def install() -> None:
     ``gated_delta_update`` finds ``gated_delta_ops`` in its own module's globals at each call, so this
     one name is the seam, also for model files that imported ``gated_delta_update`` before.
     """
-    if mlx_lm_gated_delta.gated_delta_ops is not gated_delta_chunked:
-        mlx_lm_gated_delta.gated_delta_ops = gated_delta_chunked
-
-
-def uninstall() -> None:
-    """Put mlx-lm's own function back (tests, comparisons)."""
-    mlx_lm_gated_delta.gated_delta_ops = _original
+    mlx_lm_gated_delta.gated_delta_ops = gated_delta_chunked
 
 
 def _group(
-    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array, chunk: int
+    q: mx.array, k: mx.array, v: mx.array, g: mx.array, beta: mx.array, state: mx.array
 ) -> tuple[mx.array, mx.array]:
     """Up to ``GROUP`` chunks: all state-free work in wide batches, then one short step per chunk."""
     batch, tokens, value_heads, value_dim = v.shape
-    chunk = min(chunk, tokens)
+    chunk = min(CHUNK, tokens)
     repeat = value_heads // q.shape[2]
     q, k, v = (_by_chunk(x, chunk) for x in (q, k, v))
     if repeat > 1:

@@ -82,20 +82,15 @@ def compare(runner: Runner, model: Any) -> tuple[float, float]:
     forced = [
         [(7 * row + 13 * step + 5) % facts.vocab_size for step in range(STEPS)] for row in range(len(prompts))
     ]
-    alone = [_alone(model, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)]
+    alone = mx.stack([_alone(model, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)])
     together = _together(runner, prompts, forced)
-    largest = _worst([mx.max(mx.abs(logits)) for row in alone for logits in row])
-    if alone[0][0].dtype == mx.float32:
-        differences = [mx.max(mx.abs(_logprobs(a) - _logprobs(b))) for a, b in _pairs(together, alone)]
-        return _worst(differences), FLOAT32_TOLERANCE * max(1.0, largest)
+    largest = _largest(mx.abs(alone))
+    if alone.dtype == mx.float32:
+        difference = _largest(mx.abs(_logprobs(together) - _logprobs(alone)))
+        return difference, FLOAT32_TOLERANCE * max(1.0, largest)
     one_pass = [_one_pass(model, prompt, tokens) for prompt, tokens in zip(prompts, forced, strict=True)]
-    noise = _worst([_distance(a, b) for a, b in _pairs(one_pass, alone)])
-    step = mx.finfo(alone[0][0].dtype).eps * largest
-    return _worst([_distance(a, b) for a, b in _pairs(together, alone)]), NOISE_FACTOR * max(noise, step)
-
-
-Logits = list[list[mx.array]]
-"""Rows of steps of (V,)."""
+    noise = max(_distance(mx.stack(one_pass), alone), mx.finfo(alone.dtype).eps * largest)
+    return _distance(together, alone), NOISE_FACTOR * noise
 
 
 def _prompts(windows: Sequence[int], vocab_size: int) -> list[list[int]]:
@@ -105,7 +100,8 @@ def _prompts(windows: Sequence[int], vocab_size: int) -> list[list[int]]:
     return [[(31 * i + 11 * row + 3) % vocab_size for i in range(n)] for row, n in enumerate(lengths)]
 
 
-def _alone(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.array]:
+def _alone(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> mx.array:
+    """Logits (STEPS, V)."""
     cache = make_prompt_cache(model)
     if prompt[:-1]:
         model(mx.array([prompt[:-1]]), cache=cache)
@@ -114,24 +110,26 @@ def _alone(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.
     for token in [prompt[-1], *tokens[:-1]]:
         steps.append(model(mx.array([[token]]), cache=cache)[0, -1])
         mx.eval(steps[-1])
-    return steps
+    return mx.stack(steps)
 
 
-def _one_pass(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> list[mx.array]:
+def _one_pass(model: Any, prompt: Sequence[int], tokens: Sequence[int]) -> mx.array:
+    """Logits (STEPS, V)."""
     logits = model(mx.array([[*prompt, *tokens[:-1]]]), cache=make_prompt_cache(model))[0]
-    steps = [logits[len(prompt) - 1 + step] for step in range(len(tokens))]
-    mx.eval(steps)
-    return steps
+    return mx.contiguous(logits[len(prompt) - 1 :])
 
 
-def _together(runner: Runner, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]]) -> Logits:
-    """All rows in a batch; one leaves and comes back meanwhile, so that joining and leaving are tried too."""
+def _together(runner: Runner, prompts: Sequence[Sequence[int]], forced: Sequence[Sequence[int]]) -> mx.array:
+    """Logits (rows, STEPS, V) of all rows in a batch.
+
+    One leaves and comes back meanwhile, so that joining and leaving are tried too.
+    """
     rows = [runner.open(len(prompt) + STEPS) for prompt in prompts]
     for row, prompt in zip(rows, prompts, strict=True):
         if prompt[:-1]:
             mx.eval(runner.prefill(row, prompt[:-1]))
     ids = [[prompt[-1], *tokens] for prompt, tokens in zip(prompts, forced, strict=True)]
-    steps: Logits = [[] for _ in rows]
+    steps: list[list[mx.array]] = [[] for _ in rows]
     while any(len(done) < STEPS for done in steps):
         ready = [i for i, done in enumerate(steps) if len(done) < STEPS]
         if len(steps[1]) == 2 and len(steps[2]) < 4:
@@ -140,27 +138,24 @@ def _together(runner: Runner, prompts: Sequence[Sequence[int]], forced: Sequence
         mx.eval(logits)
         for place, i in enumerate(ready):
             steps[i].append(logits[place])
-    return steps
-
-
-def _pairs(first: Logits, second: Logits) -> list[tuple[mx.array, mx.array]]:
-    return [pair for a, b in zip(first, second, strict=True) for pair in zip(a, b, strict=True)]
+    return mx.stack([mx.stack(row) for row in steps])
 
 
 def _logprobs(logits: mx.array) -> mx.array:
     logits = logits.astype(mx.float32)
-    return logits - mx.logsumexp(logits)
+    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
-def _distance(logits: mx.array, reference: mx.array) -> mx.array:
-    """Root mean square difference of the log-probs of the reference's likeliest ids, scalar float32."""
-    likely = mx.argpartition(-reference, min(LIKELY, reference.size) - 1)[:LIKELY]
-    difference = _logprobs(logits)[likely] - _logprobs(reference)[likely]
-    return mx.sqrt(mx.mean(mx.square(difference)))
+def _distance(logits: mx.array, reference: mx.array) -> float:
+    """Root mean square difference of the log-probs of the reference's likeliest ids, at the worst step."""
+    most = min(LIKELY, reference.shape[-1])
+    likely = mx.argpartition(-reference, most - 1, axis=-1)[..., :most]
+    ours, theirs = (mx.take_along_axis(_logprobs(x), likely, axis=-1) for x in (logits, reference))
+    return _largest(mx.sqrt(mx.square(ours - theirs).mean(axis=-1)))
 
 
-def _worst(values: Sequence[mx.array]) -> float:
-    return float(mx.max(mx.stack(list(values))).item())  # type: ignore[arg-type]
+def _largest(values: mx.array) -> float:
+    return float(values.max().item())  # type: ignore[arg-type]
 
 
 def copies(model: Any, mode: str) -> bool:

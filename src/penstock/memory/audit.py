@@ -54,8 +54,7 @@ def audit(ledger: Ledger, counts: Sequence[Count], active: int) -> list[Finding]
             ledger.correct(lease, 0, 0)
     for count in counts:
         lease = count.lease
-        wrong = count.size > lease.size or (not count.growing and count.size < lease.size)
-        if wrong:
+        if count.size > lease.size or (count.size < lease.size and not count.growing):
             findings.append(Finding(lease, lease.size, count.size))
             ledger.correct(lease, count.size, lease.buffers)
     owned = ledger.held - ledger.balance(Account.POOL)

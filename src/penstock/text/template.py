@@ -169,15 +169,11 @@ def _override(override: str) -> str:
 def _model_sources(model_dir: Path, config: dict[str, Any]) -> dict[str, str]:
     """name → template: of the files in the order in which `transformers` prefers them."""
     file = model_dir / "chat_template.jinja"
-    found: dict[str, str] = {}
     if file.is_file():
-        found["default"] = file.read_text(encoding="utf-8")
-        for extra in sorted((model_dir / "additional_chat_templates").glob("*.jinja")):
-            found[extra.stem] = extra.read_text(encoding="utf-8")
-        return found
+        extra = sorted((model_dir / "additional_chat_templates").glob("*.jinja"))
+        named = {"default": file, **{path.stem: path for path in extra}}
+        return {name: path.read_text(encoding="utf-8") for name, path in named.items()}
     source = config.get("chat_template") or read_json(model_dir / "chat_template.json").get("chat_template")
     if isinstance(source, str):
         return {"default": source}
-    for one in source if isinstance(source, list) else []:
-        found[one["name"]] = one["template"]
-    return found
+    return {one["name"]: one["template"] for one in source} if isinstance(source, list) else {}

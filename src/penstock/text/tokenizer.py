@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -133,14 +134,9 @@ class Tokenizer:
 
 def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     """The named special tokens of a tokenizer_config.json (`bos_token`, `eos_token`, …) as text."""
-    found: dict[str, str] = {}
-    for key, value in config.items():
-        if not key.endswith("_token") or key.startswith("add_"):
-            continue
-        text = value.get("content") if isinstance(value, dict) else value
-        if isinstance(text, str):
-            found[key] = text
-    return found
+    named = {key: value for key, value in config.items() if key.endswith("_token") and key[:4] != "add_"}
+    texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
+    return {key: text for key, text in texts.items() if isinstance(text, str)}
 
 
 def _byte_alphabet() -> dict[int, str]:
@@ -167,12 +163,8 @@ def _sentencepiece(name: str) -> bytes:
 
 
 def _byte_fallback(name: str) -> bytes:
-    if len(name) == 6 and name.startswith("<0x") and name.endswith(">"):
-        try:
-            return bytes((int(name[3:5], 16),))
-        except ValueError:
-            pass
-    return name.replace("▁", " ").encode()
+    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name)
+    return bytes.fromhex(byte[1]) if byte else _sentencepiece(name)
 
 
 def _reading(decoder: dict[str, Any] | None) -> tuple[str, Callable[[str], bytes] | None]:

@@ -64,8 +64,7 @@ def _call(parsed: dict[str, Any], index: int) -> ToolCall:
     name, arguments, id = parsed["name"], parsed.get("arguments"), parsed.get("id")
     if isinstance(arguments, str):
         arguments = json.loads(arguments or "{}")
-    if arguments is None:
-        arguments = {}
+    arguments = {} if arguments is None else arguments
     if not isinstance(name, str) or not name or not isinstance(arguments, dict):
         raise ValueError("not a call")
     name.encode()

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from itertools import product
 
@@ -85,9 +85,6 @@ def issue1390(seed: int = 0, scale: float = 1.0, sessions: int = 10) -> list[Eve
                 )
             )
     return events
-
-
-PROFILES: dict[str, Callable[[int, float, int], list[Event]]] = {"issue1390": issue1390}
 
 
 def to_lines(events: Iterable[Event]) -> str:

@@ -16,10 +16,7 @@ from penstock.traffic.client import Record
 
 def summary(records: Sequence[Record], seconds: float, peak: int | None = None) -> dict[str, Any]:
     """Figures of a run that took `seconds`; `peak`: bytes the server held at most, if known."""
-    wanted: dict[tuple[int, int], Record] = {}
-    for record in records:
-        wanted[record.session, record.turn] = record
-    final = list(wanted.values())
+    final = {(record.session, record.turn): record for record in records}.values()
     whole = [r for r in records if r.error is None and not r.left]
     prompt = sum(r.prompt_tokens for r in whole)
     return {
