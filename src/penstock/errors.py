@@ -7,6 +7,7 @@ Nothing else in the package chooses an HTTP status. A failure is a `PenstockErro
       kind     -> a row of the table (status, OpenAI type, code, retryable, label)
       message  -> one sentence for people; never a traceback, never prompt text
       param    -> the path of the field at fault ("messages[2].content"), or None
+  sizes    -> of a prompt that can never fit: its tokens and the most that there may be
       retry_after -> whole seconds, for retryable kinds
 
 Only kinds whose code is `context_length_exceeded` may speak of context length: agents compress their
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
+from typing import Any
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,18 +67,42 @@ class PenstockError(Exception):
     """A failure that a client is told about. Raised anywhere in the front; rendered by `api`."""
 
     def __init__(
-        self, kind: Kind, message: str, *, param: str | None = None, retry_after: int | None = None
+        self,
+        kind: Kind,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after: int | None = None,
+        sizes: tuple[int, int] | None = None,
     ) -> None:
         super().__init__(message)
         self.kind = kind
         self.message = message
         self.param = param
+        self.sizes = sizes
         self.retry_after = retry_after if retry_after is not None else (1 if kind.value.retryable else None)
 
     def openai(self) -> dict[str, dict[str, str | None]]:
         """The error body of OpenAI's APIs."""
         row = self.kind.value
         return {"error": {"message": self.message, "type": row.type, "param": self.param, "code": row.code}}
+
+    def anthropic(self) -> dict[str, Any]:
+        """The error body of Anthropic's API; agents compress their history on its words for a long prompt."""
+        status, message = self.kind.value.status, self.message
+        if self.sizes:
+            message = f"prompt is too long: {self.sizes[0]} tokens > {self.sizes[1]} maximum. {message}"
+        kind = _ANTHROPIC.get(status, "invalid_request_error" if status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": message}}
+
+
+_ANTHROPIC = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    503: "overloaded_error",
+}
 
 
 class StartProblem(Exception):

@@ -15,7 +15,8 @@ from tests.support.fake_backend import CONTEXT, VOCAB, Server, serving
 from penstock import wire
 from penstock.api import params
 from penstock.api.body import MAX_BODY, MAX_DEPTH, decode, path_at
-from penstock.api.schema import ChatRequest, CompletionRequest, openapi
+from penstock.api.openapi import openapi
+from penstock.api.schema import ChatRequest, CompletionRequest
 from penstock.errors import Kind, PenstockError
 
 MESSAGES = '"messages":[{"role":"user","content":"x"}]'

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import chat, completions, models
+from penstock.api import chat, completions, messages, models
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service
@@ -62,6 +62,8 @@ def create_app(service: Service, options: Options) -> ASGIApp:
         "/v1/chat/completions": post_chat,
         "/chat/completions": post_chat,
         "/v1/completions": _Endpoint(service, POST=completions.create),
+        "/v1/messages": _Endpoint(service, POST=messages.create),
+        "/v1/messages/count_tokens": _Endpoint(service, POST=messages.count),
         "/v1/models": list_models,
         "/models": list_models,
         "/v1/models/{id:path}": _Endpoint(service, GET=models.one),

@@ -15,7 +15,7 @@ from typing import Any
 from penstock.api import params
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
-from penstock.api.renderer import Renderer, encode
+from penstock.api.renderer import OpenAIRenderer, encode
 from penstock.api.schema import ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
@@ -33,11 +33,12 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -> Plan:
     """Everything up to the ids. Raises PenstockError for what can be refused."""
+    params.refuse(request)
     stops = params.stops(request)
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
-    tools = None if request.tool_choice == "none" else _tools(raw, request)
+    tools = None if request.tool_choice == "none" else function_tools(raw, request)
     encoding = partial(_encode, text, raw["messages"], tools, request)
     ids, in_reasoning, edges, turn = await asyncio.get_running_loop().run_in_executor(service.pool, encoding)
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
@@ -51,10 +52,12 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
         tool_schemas=tools,
         in_reasoning=in_reasoning,
     )
-    return params.plan(request, [job], assembler, retained=len(encode(tools)) * 4 if tools else 0)
+    return params.plan(
+        request, [job], assembler, len(encode(tools)) * 4 if tools else 0, in_reasoning=in_reasoning
+    )
 
 
-def _tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, Any]] | None:
+def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, Any]] | None:
     """The function tools as the client wrote them; other types are left out, as clients expect."""
     kept = []
     for at, (tool, written) in enumerate(zip(request.tools or [], raw.get("tools") or [], strict=True)):
@@ -72,16 +75,27 @@ def _encode(
 
     On the pool: it is slow.
     """
-    template, kwargs = text.template, request.chat_template_kwargs
-    render = partial(template.render, tools=tools, kwargs=kwargs, role_mapping=request.role_mapping)
-    prompt = render(messages)
+    ids, prompt = prompt_ids(text, messages, tools, request)
     inside = text.reasoning is not None and text.reasoning.starts_in_reasoning(prompt)
-    ids = text.tokenizer.encode(prompt, add_special_tokens=template.adds_special_tokens)
+    render = partial(_render, text, tools=tools, request=request)
     edges, turn = borders.found(ids, prompt, text.markers, text.tokenizer, messages, render)
     return ids, inside, edges, turn
 
 
-class ChatRenderer(Renderer):
+def prompt_ids(
+    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
+) -> tuple[array[int], str]:
+    """A conversation's ids and text, up to where the answer starts. Slow: for the pool."""
+    prompt = _render(text, messages, tools, request)
+    return text.tokenizer.encode(prompt, add_special_tokens=text.template.adds_special_tokens), prompt
+
+
+def _render(text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest) -> str:
+    kwargs, roles = request.chat_template_kwargs, request.role_mapping
+    return text.template.render(messages, tools, kwargs=kwargs, role_mapping=roles)
+
+
+class ChatRenderer(OpenAIRenderer):
     """OpenAI's chat shapes. The hot path is a concatenation around the text."""
 
     id_prefix, chunk_object, whole_object = "chatcmpl", "chat.completion.chunk", "chat.completion"
@@ -91,13 +105,16 @@ class ChatRenderer(Renderer):
         super().__init__(id, model, plan)
         self._text_heads = [head + b'{"content":' for head in self._heads]
         self._text_tail = b'},"logprobs":null,"finish_reason":null}' + self._close
-        self.keepalive = self.chunk(0, b"{}")
 
     def opening(self) -> bytes:
         """The role chunk of every choice."""
         return b"".join(
             self.chunk(index, b'{"role":"assistant","content":""}') for index in range(len(self._heads))
         )
+
+    def keepalive(self) -> bytes:
+        """An empty delta: some clients hang up on comments."""
+        return self.chunk(0, b"{}")
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """Text alone, or all fields that something came for."""
@@ -114,7 +131,7 @@ class ChatRenderer(Renderer):
         """llama.cpp's prompt_progress, in a chunk with an empty delta."""
         told = {"total": progress.total, "cache": cached, "processed": progress.done}
         told["time_ms"] = round(milliseconds)
-        return self.keepalive.removesuffix(b"}\n\n") + b',"prompt_progress":' + encode(told) + b"}\n\n"
+        return self.keepalive().removesuffix(b"}\n\n") + b',"prompt_progress":' + encode(told) + b"}\n\n"
 
     def said(self, answer: Delta) -> dict[str, Any]:
         """The message."""

@@ -15,7 +15,7 @@ from typing import Any
 from penstock.api import params
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
-from penstock.api.renderer import Renderer, encode
+from penstock.api.renderer import OpenAIRenderer, encode
 from penstock.api.schema import CompletionRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
@@ -33,6 +33,7 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def prepare(service: Service, raw: dict[str, Any], request: CompletionRequest) -> Plan:
     """Everything up to the ids. Raises PenstockError for what can be refused."""
+    params.refuse(request)
     prompts = _prompts(request.prompt)
     if len(prompts) * (request.n or 1) > MAX_CHOICES:
         raise params.invalid("prompt", f"at most {MAX_CHOICES} choices (prompts × n) are given at a time.")
@@ -79,7 +80,7 @@ async def _ids(
     return ids
 
 
-class CompletionRenderer(Renderer):
+class CompletionRenderer(OpenAIRenderer):
     """OpenAI's text shapes; text completions have no chunk for progress."""
 
     id_prefix, chunk_object, whole_object = "cmpl", "text_completion", "text_completion"

@@ -109,7 +109,8 @@ class Exchange:
             headers.append((b"retry-after", b"%d" % (error.retry_after or 1)))
         elif row.status >= 500:
             headers.append((b"x-should-retry", b"false"))
-        await self.respond_json(row.status, error.openai(), headers=headers)
+        body = error.anthropic() if self.path.startswith("/v1/messages") else error.openai()
+        await self.respond_json(row.status, body, headers=headers)
 
     async def start_stream(self) -> None:
         """The headers of an event stream; they leave at once."""

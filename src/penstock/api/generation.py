@@ -32,6 +32,8 @@ class Plan:
     return_progress: bool
     retained: int = 0
     """Bytes of the request kept while it runs, besides ids (tool schemas)."""
+    in_reasoning: bool = False
+    """The answer begins inside a reasoning block."""
 
 
 @dataclass(slots=True)
@@ -49,6 +51,8 @@ class Piece:
     index: int
     deltas: list[Delta]
     finish_reason: str | None = None
+    stop: str | None = None
+    """The stop string that ended it, if one did."""
 
 
 @dataclass
@@ -122,7 +126,7 @@ class Generation:
 
     def _finish(self, index: int, choice: Choice, deltas: list[Delta], reason: str) -> Piece:
         rest, choice.finish_reason = choice.assembler.finish(reason)
-        return Piece(index, [*deltas, rest], choice.finish_reason)
+        return Piece(index, [*deltas, rest], choice.finish_reason, choice.assembler.stop)
 
     async def _pump(self, at: int, queue: asyncio.Queue[Piece | Progress | Exception]) -> None:
         left = self.plan.jobs[at].n

@@ -7,11 +7,11 @@ from typing import Any
 import msgspec
 
 from penstock import __version__
-from penstock.api import params, schema
+from penstock.api import openapi, params
 from penstock.api.exchange import Exchange
 from penstock.api.service import Service
 
-_OPENAPI = msgspec.json.encode(schema.openapi(__version__))
+_OPENAPI = msgspec.json.encode(openapi.openapi(__version__))
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:

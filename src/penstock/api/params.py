@@ -159,6 +159,7 @@ def check_length(length: int, ready: wire.Ready, param: str) -> None:
         f"This model's maximum context length is {most} tokens, but the prompt has {length} tokens.{why} "
         "Please shorten it.",
         param=param,
+        sizes=(length, most),
     )
 
 
@@ -190,7 +191,13 @@ def job(
     )
 
 
-def plan(request: Sampled, jobs: list[Job], assembler: Callable[[], Assembler], retained: int = 0) -> Plan:
+def plan(
+    request: Sampled,
+    jobs: list[Job],
+    assembler: Callable[[], Assembler],
+    retained: int = 0,
+    in_reasoning: bool = False,
+) -> Plan:
     """What is left of a request once its prompts are ids."""
     options = request.stream_options
     return Plan(
@@ -200,4 +207,5 @@ def plan(request: Sampled, jobs: list[Job], assembler: Callable[[], Assembler], 
         include_usage=bool(options and options.include_usage),
         return_progress=bool(request.return_progress),
         retained=retained,
+        in_reasoning=in_reasoning,
     )

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-import msgspec
 from msgspec import Meta, Struct
 
 MAX_CHOICES = 16
@@ -29,10 +28,15 @@ class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
-class Sampled(Struct, kw_only=True):
-    """What chat and text completions share. Defaults (None) are resolved by `params.sampling`."""
+class Asked(Struct, kw_only=True):
+    """What all requests have in common."""
 
     model: str | None = None
+
+
+class Sampled(Asked, kw_only=True):
+    """What chat and text completions share. Defaults (None) are resolved by `params.sampling`."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     return_progress: bool | None = None
@@ -124,47 +128,3 @@ class CompletionRequest(Sampled, kw_only=True):
     echo: Any = None
     suffix: Any = None
     best_of: Any = None
-
-
-class ErrorDetail(Struct):
-    message: str
-    type: str
-    param: str | None
-    code: str | None
-
-
-class ErrorBody(Struct):
-    error: ErrorDetail
-
-
-def _operation(summary: str, body: dict[str, Any] | None, answer: str = "The answer") -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {"200": {"description": answer}, "default": {"description": "Error", "content": error}},
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    return operation
-
-
-def openapi(version: str) -> dict[str, Any]:
-    """The OpenAPI 3.1 document, generated from the structs above."""
-    (chat, completion, _), components = msgspec.json.schema_components(
-        [ChatRequest, CompletionRequest, ErrorBody], ref_template="#/components/schemas/{name}"
-    )
-    reply = "JSON, or server-sent events with `stream`"
-    model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "Penstock", "version": version},
-        "paths": {
-            "/v1/chat/completions": {"post": _operation("Chat completion", chat, reply)},
-            "/v1/completions": {"post": _operation("Text completion", completion, reply)},
-            "/v1/models": {"get": _operation("The models served", None)},
-            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
-            "/v1/status": {"get": _operation("The engine's state and its memory by owner", None)},
-            "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
-        },
-        "components": {"schemas": components},
-    }

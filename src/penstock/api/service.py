@@ -71,7 +71,12 @@ class Service:
 
     async def wait_ready(self) -> tuple[wire.Ready, TextParts]:
         """Waits while the model loads. Raises ENGINE_HALTED, SHUTTING_DOWN."""
-        ready = await self.backend.wait_ready()
+        return await self.backend.wait_ready(), await self.wait_text()
+
+    async def wait_text(self) -> TextParts:
+        """Waits while the model's files are read. Raises as `wait_ready`, if they never will be."""
+        if self._text is None:
+            await self.backend.wait_ready()
         await self._text_set.wait()
         assert self._text is not None
-        return ready, self._text
+        return self._text

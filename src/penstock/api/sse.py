@@ -1,6 +1,6 @@
 """Answers a generation over HTTP: as an event stream, or whole.
 
-A `Renderer` (chat's, completions') makes the bytes; here are the order of events, the silence timer and the
+A `Renderer` makes the bytes; here are the order of events, the silence timer and the
 errors after the headers. Invariant: a stream ends with [DONE], with an error event, or with its client.
 """
 
@@ -17,12 +17,10 @@ from penstock.api.admission import UNSENT, Lease
 from penstock.api.body import Request, read_request
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Generation, Piece, Plan
-from penstock.api.renderer import Renderer, encode
+from penstock.api.renderer import Renderer
 from penstock.api.service import Service
 from penstock.errors import Kind, PenstockError
 from penstock.supervisor.ticket import Progress
-
-DONE = b"data: [DONE]\n\n"
 
 
 class Silence:
@@ -33,10 +31,10 @@ class Silence:
     One timer per stream, looked at when it is due, so that a token costs it two attribute writes.
     """
 
-    def __init__(self, service: Service, exchange: Exchange, keepalive: bytes) -> None:
+    def __init__(self, service: Service, exchange: Exchange, renderer: Renderer) -> None:
         self._exchange = exchange
         self._send = exchange.send
-        self._keepalive = keepalive
+        self._renderer = renderer
         self._backend = service.backend
         self._interval = service.timing.keepalive
         self._patience = service.timing.stalled_reader
@@ -64,7 +62,7 @@ class Silence:
         if self._sending and quiet >= self._patience:
             self._exchange.cut()
         elif not self._sending and quiet >= self._interval and self._backend.state != "stalled":
-            self._task = self._loop.create_task(self.send(self._keepalive))
+            self._task = self._loop.create_task(self.send(self._renderer.keepalive()))
             quiet = 0.0
         self._timer = self._loop.call_later(max(self._interval - quiet, self._interval / 4), self._due)
 
@@ -79,7 +77,7 @@ async def stream(
 ) -> PenstockError | None:
     """Headers and opening at once, then a chunk per event. Returns the failure told in an error event."""
     await exchange.start_stream()
-    silence = Silence(service, exchange, renderer.keepalive)
+    silence = Silence(service, exchange, renderer)
     try:
         if opening := renderer.opening():
             await silence.send(opening)
@@ -90,11 +88,10 @@ async def stream(
                 data = _progress(exchange, run, renderer, event)
             if data:
                 await silence.send(data)
-        last = renderer.usage(run.usage()) if run.plan.include_usage else b""
-        await silence.end(last + DONE)
+        await silence.end(renderer.ending(run.usage()))
     except Exception as error:
         failure = known(error, exchange.id)
-        await silence.end(b"data: " + encode(failure.openai()) + b"\n\n")
+        await silence.end(renderer.failure(failure))
         return failure
     finally:
         silence.stop()
@@ -142,7 +139,6 @@ async def respond(
     with service.admission.lease() as lease:
         raw, request = await read_request(exchange, lease, kind, service.pool, service.timing.body)
         with exchange.ends_with_client():
-            params.refuse(request)
             params.check_model(request.model, service.served_names, service.strict_model_names)
             plan = await prepare(service, raw, request)
             del raw, request

@@ -1,0 +1,163 @@
+"""Anthropic's Messages requests: what is accepted, and the chat request that says the same. Pure.
+
+Invariant: what has no meaning for the model (cache marks, billing lines, unknown fields) never reaches the
+prompt, so it can't cost the prompt cache; what has meaning is passed on where it stands. Parts that are not
+text, and server tools, are refused by their path.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta, Struct
+
+from penstock.api.schema import MAX_STOPS, Asked, ChatRequest, Share, Some, Stop
+from penstock.errors import Kind, PenstockError
+
+BILLING = "x-anthropic-billing-header:"
+"""A line of Claude Code's first system block; it differs between sessions and says nothing to the model."""
+_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "named"}
+_SKIPPED = ("redacted_thinking",)
+
+Json = dict[str, Any]
+
+
+class Block(Struct):
+    """A content block of any kind; which fields it needs depends on `type`."""
+
+    type: str
+    text: str | None = None
+    thinking: str | None = None
+    id: str | None = None
+    name: str | None = None
+    input: Json | None = None
+    tool_use_id: str | None = None
+    content: str | list[Block] | None = None
+
+
+Content = str | list[Block]
+
+
+class Turn(Struct):
+    role: Literal["user", "assistant", "system"]
+    content: Content
+
+
+class AnthropicTool(Struct):
+    """Tools of other types than `custom` run at the vendor's; they are left out of the prompt."""
+
+    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    type: str | None = None
+    description: str | None = None
+    input_schema: Json | None = None
+
+
+class Typed(Struct):
+    type: str
+
+
+class CountRequest(Asked, kw_only=True):
+    """What makes the prompt: the body of /v1/messages/count_tokens."""
+
+    messages: Annotated[list[Turn], Meta(min_length=1)]
+    system: Content | None = None
+    tools: Annotated[list[AnthropicTool], Meta(max_length=1024)] | None = None
+    tool_choice: Typed | None = None
+    thinking: Typed | None = None
+
+
+class MessagesRequest(CountRequest, kw_only=True):
+    """The body of /v1/messages."""
+
+    max_tokens: Some | None = None
+    stop_sequences: Annotated[list[Stop], Meta(max_length=MAX_STOPS)] | None = None
+    stream: bool | None = None
+    temperature: Share | None = None
+    top_p: Share | None = None
+    top_k: Annotated[int, Meta(ge=0)] | None = None
+
+
+def as_chat(request: CountRequest) -> tuple[Json, ChatRequest]:
+    """The same as a chat request, plain and checked. Raises UNSUPPORTED_FIELD, INVALID_FIELD."""
+    messages = _system(request.system)
+    for at, turn in enumerate(request.messages):
+        messages += _turn(turn, f"messages[{at}]")
+    chat: Json = {"messages": messages, "tools": _tools(request.tools or [])}
+    if request.tool_choice is not None:
+        chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, request.tool_choice.type)
+    if request.thinking is not None:
+        chat["chat_template_kwargs"] = {"enable_thinking": request.thinking.type != "disabled"}
+    if isinstance(request, MessagesRequest):
+        for name in ("max_tokens", "stream", "temperature", "top_p", "top_k"):
+            chat[name] = getattr(request, name)
+        chat["stop"] = request.stop_sequences or None
+    return chat, msgspec.convert(chat, ChatRequest)
+
+
+def _system(content: Content | None) -> list[Json]:
+    if content is None:
+        return []
+    blocks = [Block("text", content)] if isinstance(content, str) else content
+    texts = [_text(block, f"system[{at}]") for at, block in enumerate(blocks)]
+    while texts and texts[0].startswith(BILLING):
+        texts.pop(0)
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+
+
+def _turn(turn: Turn, path: str) -> list[Json]:
+    """A turn as chat messages: each tool's result is a message of its own, before the text behind it."""
+    if isinstance(turn.content, str):
+        return [{"role": turn.role, "content": turn.content}]
+    messages: list[Json] = []
+    for at, block in enumerate(turn.content):
+        where = f"{path}.content[{at}]"
+        if block.type == "tool_result":
+            result = "" if block.content is None else _joined(block.content, f"{where}.content")
+            messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
+        elif block.type not in _SKIPPED:
+            if not messages or messages[-1]["role"] == "tool":
+                messages.append({"role": turn.role, "content": []})
+            _add(messages[-1], block, where)
+    return messages or [{"role": turn.role, "content": ""}]
+
+
+def _add(message: Json, block: Block, where: str) -> None:
+    if block.type == "thinking":
+        message["reasoning_content"] = message.get("reasoning_content", "") + (block.thinking or "")
+    elif block.type == "tool_use":
+        if not block.name:
+            raise PenstockError(Kind.INVALID_FIELD, f"{where}.name: this field is required.", param=where)
+        function = {"name": block.name, "arguments": block.input or {}}
+        call = {"id": block.id, "type": "function", "function": function}
+        message.setdefault("tool_calls", []).append(call)
+    else:
+        message["content"].append({"type": "text", "text": _text(block, where)})
+
+
+def _joined(content: Content, path: str) -> str:
+    if isinstance(content, str):
+        return content
+    return "".join(_text(block, f"{path}[{at}]") for at, block in enumerate(content))
+
+
+def _text(block: Block, path: str) -> str:
+    if block.type != "text":
+        message = (
+            f"{path}: content of type {block.type[:40]!r} is not supported; this server reads text only."
+        )
+        raise PenstockError(Kind.UNSUPPORTED_FIELD, message, param=f"{path}.type")
+    if block.text is None:
+        raise PenstockError(Kind.INVALID_FIELD, f"{path}.text: this field is required.", param=path)
+    return block.text
+
+
+def _tools(tools: list[AnthropicTool]) -> list[Json] | None:
+    kept = []
+    for tool in tools:
+        if tool.type in (None, "custom"):
+            function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
+            if tool.description is not None:
+                function["description"] = tool.description
+            kept.append({"type": "function", "function": function})
+    return kept or None
