@@ -154,11 +154,14 @@ def prompt_text(words: int, seed: int) -> str:
     return "".join(" " + draw.choice(WORDS) for _ in range(words))
 
 
-def write_model_dir(directory: Path, shape: str, dtype: str = "float32", seed: int = 0) -> Path:
+def write_model_dir(
+    directory: Path, shape: str | dict[str, Any], dtype: str = "float32", seed: int = 0
+) -> Path:
     """Draws a model of the given shape into `directory` (unless it is there already) and returns it.
 
-    Weights are mlx-lm's own initialisation; the head's rows of ids that are not words are zero, so that a
-    greedy answer never ends by itself and never holds half a character.
+    `shape`: the name of one, or a config.json with room for this tokenizer's ids. Weights are mlx-lm's own
+    initialisation; the head's rows of ids that are not words are zero, so that a greedy answer never ends by
+    itself and never holds half a character.
     """
     if (directory / "model.safetensors").exists():
         return directory
@@ -170,7 +173,7 @@ def write_model_dir(directory: Path, shape: str, dtype: str = "float32", seed: i
     directory.mkdir(parents=True, exist_ok=True)
     write_tokenizer(directory)
     eos = json.loads((directory / "generation_config.json").read_text())["eos_token_id"]
-    config = {**SHAPES[shape], "eos_token_id": eos}
+    config = {**(SHAPES[shape] if isinstance(shape, str) else shape), "eos_token_id": eos}
     mx.random.seed(seed)
     model_class, args_class = _get_classes(config)
     model = model_class(args_class.from_dict(config))

@@ -24,6 +24,9 @@ def test_answers_http_error_when_it_cannot_serve(reported: WholeServer) -> None:
     available = re.search(r"([\d.]+) GB, the process's rlimit", refused.error["message"])
     assert available
     assert 1.0 < float(available[1]) < 1.7
+    far_more = reported.ask(prompt_text(10 * most, 2), 1)
+    assert (far_more.status, far_more.error["code"]) == (400, "context_length_exceeded")
+    assert f"maximum context length is {most} tokens" in far_more.error["message"]
     served = reported.ask("Is anybody there?", 4)
     assert served.answered, served
     assert served.body["usage"]["completion_tokens"] == 4
@@ -51,11 +54,13 @@ def test_long_prompts_of_a_coding_agent_do_not_end_the_process(reported: WholeSe
     assert health["memory"]["counts"].get("giveup", 0) == 0
 
 
-def test_requests_that_do_not_fit_together_take_turns(wide: Path, tmp_path: Path) -> None:
+def test_requests_that_do_not_fit_together_take_turns(
+    wide: Path, measured: dict[str, str], tmp_path: Path
+) -> None:
     """A device with a 500 MB working set, and 12 requests that need 730 MB together."""
     limit = 500_000_000
     pretended = {"PENSTOCK_PRETEND": f'{{"device": {limit}, "physical": "8G"}}'}
-    with WholeServer(wide, tmp_path, environment=pretended) as server:
+    with WholeServer(wide, tmp_path, environment={**measured, **pretended}) as server:
         with Books(server) as books:
             answers = all_at_once(lambda seed: server.ask(prompt_text(239, seed), 200), range(12))
         assert all(answer.answered for answer in answers), server.log()[-3000:]

@@ -36,9 +36,9 @@ def settled(server: WholeServer) -> dict[str, object]:
     raise AssertionError(f"not at rest: {health}")
 
 
-def test_oom_does_not_end_the_process(wide: Path, tmp_path: Path) -> None:
+def test_oom_does_not_end_the_process(wide: Path, measured: dict[str, str], tmp_path: Path) -> None:
     """An allocation fails under five requests: the engine dies of it, the server and the answers don't."""
-    with WholeServer(wide, tmp_path) as server:
+    with WholeServer(wide, tmp_path, environment=measured) as server:
         expected = [server.ask(prompt_text(100, seed), 8) for seed in range(5)]
         before = server.health()
         engine = before["engine"]["pid"]
@@ -56,26 +56,25 @@ def test_oom_does_not_end_the_process(wide: Path, tmp_path: Path) -> None:
     assert health["memory"]["ceiling"] == before["memory"]["ceiling"]  # type: ignore[index]
 
 
-def test_disconnects_are_quiet_and_leave_nothing(wide: Path, tmp_path: Path) -> None:
+def test_disconnects_are_quiet_and_leave_nothing(plain: WholeServer) -> None:
     """Clients hang up at every stage; the work stops, the log stays calm, what was computed is of use."""
-    with WholeServer(wide, tmp_path) as server:
-        server.ask(prompt_text(40, 3), 2)
-        settled(server)
-        files = descriptors(server.process.pid)
-        for seed, stage in enumerate(STAGES * 2):
-            hang_up(server.port, stage, seed, long=500)
-        health = settled(server)
-        assert health["engine"]["rows"] == 0  # type: ignore[index]
-        assert health["engine_deaths"] == 0
-        assert health["memory"]["accounts"]["live_kv"] == 0  # type: ignore[index]
-        for _ in range(100):
-            if descriptors(server.process.pid) <= files:
-                break
-            time.sleep(0.1)
-        assert descriptors(server.process.pid) <= files
-        assert server.ask(prompt_text(40, 3), 2).answered
-        log = server.log()
-        os.kill(server.process.pid, 0)
+    plain.ask(prompt_text(40, 3), 2)
+    settled(plain)
+    files = descriptors(plain.process.pid)
+    for seed, stage in enumerate(STAGES * 2):
+        hang_up(plain.port, stage, seed, long=500)
+    health = settled(plain)
+    assert health["engine"]["rows"] == 0  # type: ignore[index]
+    assert health["engine_deaths"] == 0
+    assert health["memory"]["accounts"]["live_kv"] == 0  # type: ignore[index]
+    for _ in range(100):
+        if descriptors(plain.process.pid) <= files:
+            break
+        time.sleep(0.1)
+    assert descriptors(plain.process.pid) <= files
+    assert plain.ask(prompt_text(40, 3), 2).answered
+    log = plain.log()
+    os.kill(plain.process.pid, 0)
     assert "Traceback" not in log
     assert "BrokenPipe" not in log
     assert log.count("client gone") >= len(STAGES)

@@ -26,7 +26,7 @@ DRAW = 16
 """Float32 vectors over the vocabulary that a row's draw may hold: logits, log-probabilities, sorts."""
 RULE_CHUNK = 64
 """Ids that the chunked form of a recurrent layer takes at a time."""
-SESSIONS = (8_000, 32_000, 64_000)
+SESSIONS = (2_000, 8_000, 32_000, 64_000)
 
 
 @dataclass(frozen=True, slots=True)
