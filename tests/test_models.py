@@ -133,12 +133,11 @@ def test_what_is_neither_path_nor_name_is_refused(cache: Path) -> None:
 
 
 def test_the_cache_lists_what_could_be_served(cache: Path) -> None:
-    assert models.found_in_cache() == []
+    assert models.found_in_cache() == {}
     make_cached(cache, "org/good", weights=("model-1", "model-2"))
     make_cached(cache, "org/strange", config={"model_type": "no_such_thing"})
     make_cached(cache, "alone")
-    found = models.found_in_cache()
-    assert [(model.name, model.bytes) for model in found] == [("alone", 10), ("org/good", 20)]
+    assert list(models.found_in_cache().items()) == [("alone", 10), ("org/good", 20)]
 
 
 @pytest.mark.parametrize(

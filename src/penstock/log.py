@@ -145,9 +145,7 @@ class _Lines(logging.Handler):
 
 class _Form(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        text = record.getMessage()
-        if record.exc_info:
-            text += "\n" + self.formatException(record.exc_info)
+        text = super().format(record)
         if getattr(record, "bare", False):
             return text
         level = f"{record.levelname.lower()}: " if record.levelno >= logging.WARNING else ""

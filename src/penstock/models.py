@@ -16,8 +16,7 @@ import os
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -36,15 +35,6 @@ class ModelProblem(StartProblem):
 
 class Incomplete(ModelProblem):
     """Files of the model are missing or broken off: a download may mend it."""
-
-
-@dataclass(frozen=True)
-class Cached:
-    """A model in the hub cache that could be served as it is."""
-
-    name: str
-    path: Path
-    bytes: int
 
 
 def check(path: Path, *, trust_remote_code: bool = False) -> None:
@@ -100,24 +90,27 @@ def resolve(model: str, *, trust_remote_code: bool = False) -> Path:
     here = precheck(model, trust_remote_code=trust_remote_code)
     if here is not None:
         return here
-    path = _download(model, (*PATTERNS, "*.py") if trust_remote_code else PATTERNS)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.utils import disable_progress_bars
+
+    if not sys.stderr.isatty():
+        disable_progress_bars()
+    patterns = [*PATTERNS, "*.py"] if trust_remote_code else [*PATTERNS]
+    with _hub_problems(model):
+        path = Path(snapshot_download(model, allow_patterns=patterns))
     check(path, trust_remote_code=trust_remote_code)
     return path
 
 
-def found_in_cache() -> list[Cached]:
-    """The hub cache's models that `check` accepts, by name."""
-    found = []
+def found_in_cache() -> dict[str, int]:
+    """The hub cache's models that `check` accepts, by name, with the bytes of their weights."""
+    found = {}
     for folder in sorted(hub_cache().glob("models--*")):
         name = folder.name.removeprefix("models--").replace("--", "/")
-        path = snapshot(name)
-        if path is None:
-            continue
-        try:
-            check(path)
-        except ModelProblem:
-            continue
-        found.append(Cached(name, path, sum(file.stat().st_size for file in path.glob(WEIGHTS))))
+        with suppress(ModelProblem):
+            if path := snapshot(name):
+                check(path)
+                found[name] = sum(file.stat().st_size for file in path.glob(WEIGHTS))
     return found
 
 
@@ -226,16 +219,6 @@ def describe_remote(name: str, folder: Path) -> dict[str, Any]:
         for file in files.values()
         for tensor, facts in file.tensors.items()
     }
-
-
-def _download(name: str, patterns: tuple[str, ...]) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.utils import disable_progress_bars
-
-    if not sys.stderr.isatty():
-        disable_progress_bars()
-    with _hub_problems(name):
-        return Path(snapshot_download(name, allow_patterns=list(patterns)))
 
 
 @contextmanager

@@ -73,12 +73,12 @@ def is_loopback(host: str) -> bool:
         return False
 
 
-def choices(cached: list[models.Cached]) -> str:
+def choices(cached: dict[str, int]) -> str:
     """What could be served here, each as a command to paste."""
     lines = ["no model is named."]
     if cached:
         lines.append("In the hub cache:")
-        lines += [f"  penstock serve {model.name}    # {gigabytes(model.bytes)}" for model in cached]
+        lines += [f"  penstock serve {name}    # {gigabytes(size)}" for name, size in cached.items()]
     else:
         lines.append("The hub cache holds none; a hub name or a directory works: penstock serve MODEL")
     lines += ["The bundled demo model:", "  penstock serve --demo"]

@@ -94,7 +94,6 @@ def build(
         config = utils.load_config(directory)
         model_class, arguments = utils._get_classes(config)
         model = model_class(arguments.from_dict(config))
-    seams.install()
     return model, config
 
 
