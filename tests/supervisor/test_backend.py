@@ -339,20 +339,20 @@ def test_an_engine_that_dies_right_after_ready_halts_and_says_its_traceback_once
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_twenty_restarts_leak_neither_descriptors_nor_threads():
+def test_ten_restarts_leak_neither_descriptors_nor_threads():
     def counts():
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     async def main(backend):
         await backend.wait_ready()
         before = counts()
-        for _ in range(20):
+        for _ in range(10):
             os.kill(backend.snapshot()["engine"]["pid"], signal.SIGKILL)
             await until(lambda: backend.state != "ready")
             await until(lambda: backend.state == "ready")
         await until(lambda: threading.active_count() <= before[1])
         assert counts() == before
-        assert backend.snapshot()["engine_deaths"] == 20
+        assert backend.snapshot()["engine_deaths"] == 10
         assert (await hear(backend.open(job([1])))).ids == {0: [1]}
 
     play(main, policy=Policy(backoff=0.0))
