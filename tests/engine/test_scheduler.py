@@ -90,8 +90,7 @@ class Simulation:
                 assert sequence is not min(on_board, key=lambda s: s.arrival), "the oldest was preempted"
                 self.accounts.leave(sequence)
                 self.accounts.keep_states(0)
-                sequence.restart()
-                sequence.preempted_at = self.accounts.departures
+                sequence.preempt(self.accounts.departures)
             case GiveUp(sequence):
                 self.leave(sequence)
                 self.gave_up.append(sequence)
@@ -234,11 +233,15 @@ def test_the_order_of_measures_for_a_row_that_must_grow() -> None:
 
 def test_a_preempted_sequence_waits_for_a_departure() -> None:
     running, preempted = board(sequence(0, 100)), sequence(1, 100)
-    preempted.preempted_at = 3
+    preempted.preempt(departures=3)
     facts = replace(FACTS, departures=3)
     assert isinstance(schedule([running, preempted], facts, PLENTY), Plan)
     assert schedule([running, preempted], replace(facts, departures=4), PLENTY) == Admit(preempted, 108)
     assert schedule([preempted], facts, PLENTY) == Admit(preempted, 108)
+    preempted.preempt(departures=4)
+    for departures, expected in [(5, Plan), (6, Admit)]:
+        decision = schedule([running, preempted], replace(facts, departures=departures), PLENTY)
+        assert isinstance(decision, expected), "the second time it waits for two"
 
 
 def test_a_chunk_shrinks_to_what_fits_and_no_further_than_the_floor() -> None:

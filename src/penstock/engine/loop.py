@@ -191,8 +191,7 @@ class Loop:
             case Preempt(sequence):
                 log.info("preempting sequence %d at %d ids", sequence.id, sequence.computed)
                 self.cache.preempt(sequence)
-                sequence.restart()
-                sequence.preempted_at = self.accounts.departures
+                sequence.preempt(self.accounts.departures)
             case GiveUp(sequence):
                 if len(sequence.tokens) > sequence.prompt_length:
                     self._end(sequence, "length")

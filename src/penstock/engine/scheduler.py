@@ -63,7 +63,8 @@ class Facts:
     seconds_per_prefill_id: float | None = None
     """Measured on the last chunks; None before the first."""
     departures: int = 0
-    """Counts rows that left and rises of the budget: a preempted sequence comes back only after one."""
+    """Counts rows that left and rises of the budget: a preempted sequence comes back only after one, after
+    its second preemption only after two, and so on."""
     apart: bool = False
     """The next step is a suspect's, if there is one: it runs alone (see `penstock.guilt`)."""
     stacked: tuple[int, ...] = ()
@@ -229,7 +230,7 @@ def _entry(
 ) -> Measure | None:
     """Take this sequence on board, or make room for it at nobody's cost; None: it waits."""
     returning = sequence.preempted_at is not None
-    if returning and on_board and sequence.preempted_at == facts.departures:
+    if on_board and not sequence.may_return(facts.departures):
         return None
     headroom = sum(_growth_step(s, facts) for s in on_board) if returning else 0
     capacity = sequence.first_capacity

@@ -39,6 +39,7 @@ class Sequence:
         "overtaken",
         "passed_over",
         "preempted_at",
+        "preemptions",
         "prompt_length",
         "row",
         "sampling",
@@ -75,6 +76,7 @@ class Sequence:
         self.row: Any = None
         self.capacity = 0
         self.preempted_at: int | None = None
+        self.preemptions = 0
 
     @property
     def prefill_left(self) -> int:
@@ -127,6 +129,16 @@ class Sequence:
     def least_capacity(self) -> int:
         """The least that it can start with: what is known of it and one growth step."""
         return min(grown(len(self.tokens)), self.limit)
+
+    def preempt(self, departures: int) -> None:
+        """Its row was taken; `departures` rows had left by then."""
+        self.restart()
+        self.preempted_at = departures
+        self.preemptions += 1
+
+    def may_return(self, departures: int) -> bool:
+        """Whether enough have left since: each time one more, or every growth of others would undo its work."""
+        return self.preempted_at is None or departures >= self.preempted_at + self.preemptions
 
     def restart(self) -> None:
         """Forget what was computed: the ids stay, everything is to be computed again."""
