@@ -122,7 +122,7 @@ class Loop:
                 self._read()
                 self._receive()  # what arrived while it ran need not wait for one more
             plan = self._plan()
-            self.runnable = bool(plan)
+            self.runnable = bool(plan) or self.in_flight is not None  # reading it may end a row
             launched = self._launch(plan) if plan else None
             if self.trial:
                 self.facts = replace(self.facts, apart=not any(s.apart for s in members(launched)))
