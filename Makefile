@@ -55,7 +55,7 @@ demo-model: venv
 	@$(PRELOAD) $(PY) -m tools.demo_model $(ARGS)
 
 docs: venv
-	$(PY) -c 'from penstock.cli.arguments import reference; print(reference(), end="")' > docs/options.md
+	$(PY) -m tools.options_page > docs/options.md
 
 lock:
 	.ci/lock

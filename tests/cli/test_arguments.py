@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tools.options_page import reference
 
 from penstock import config
 from penstock.cli import arguments
@@ -161,4 +162,4 @@ def test_a_printed_configuration_shows_where_values_come_from_but_no_key() -> No
 
 def test_the_options_page_is_the_generated_one() -> None:
     page = (REPOSITORY / "docs" / "options.md").read_text(encoding="utf-8")
-    assert page == arguments.reference(), "run `make docs`"
+    assert page == reference(), "run `make docs`"

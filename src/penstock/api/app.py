@@ -26,26 +26,37 @@ Handler = Callable[[Service, Exchange], Awaitable[None]]
 MAX_HEADERS = 32_768
 QUIET = ("/health", "/v1/status", "/", "/v1/models", "/models")
 """Probes, logged at DEBUG only."""
+ENDPOINTS: dict[str, tuple[str, Handler]] = {
+    "/v1/chat/completions": ("POST", chat.create),
+    "/chat/completions": ("POST", chat.create),
+    "/v1/completions": ("POST", completions.create),
+    "/v1/messages": ("POST", messages.create),
+    "/v1/messages/count_tokens": ("POST", messages.count),
+    "/v1/models": ("GET", models.listed),
+    "/models": ("GET", models.listed),
+    "/v1/models/{id:path}": ("GET", models.one),
+    "/v1/status": ("GET", models.status),
+    "/health": ("GET", models.health),
+    "/openapi.json": ("GET", models.described),
+    "/": ("GET", models.root),
+}
 
 
 class _Endpoint:
-    """The handlers of one path, by method."""
+    """The handler of one path, and its method."""
 
-    def __init__(self, service: Service, **handlers: Handler) -> None:
-        self._service = service
-        self._handlers = handlers
-        if "GET" in handlers:
-            handlers["HEAD"] = handlers["GET"]
+    def __init__(self, service: Service, method: str, handler: Handler) -> None:
+        self._service, self._handler = service, handler
+        self._methods = ("GET", "HEAD") if method == "GET" else (method,)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         exchange: Exchange = scope["penstock"]
         exchange.scope = scope
-        handler = self._handlers.get(exchange.method)
-        if handler is None:
-            allowed = ", ".join((*self._handlers, "OPTIONS"))
+        if exchange.method not in self._methods:
+            allowed = ", ".join((*self._methods, "OPTIONS"))
             exchange.extra.append((b"allow", allowed.encode()))
             raise PenstockError(Kind.METHOD, f"{exchange.method[:20]} is not allowed here; use {allowed}.")
-        await handler(self._service, exchange)
+        await self._handler(self._service, exchange)
 
 
 async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
@@ -56,23 +67,7 @@ def create_app(service: Service, options: Options) -> ASGIApp:
     """The application. `service` may still lack its text parts; requests wait for them."""
     keys = [options.api_key] if options.api_key else []
     gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, keys)
-    post_chat = _Endpoint(service, POST=chat.create)
-    list_models = _Endpoint(service, GET=models.listed)
-    endpoints = {
-        "/v1/chat/completions": post_chat,
-        "/chat/completions": post_chat,
-        "/v1/completions": _Endpoint(service, POST=completions.create),
-        "/v1/messages": _Endpoint(service, POST=messages.create),
-        "/v1/messages/count_tokens": _Endpoint(service, POST=messages.count),
-        "/v1/models": list_models,
-        "/models": list_models,
-        "/v1/models/{id:path}": _Endpoint(service, GET=models.one),
-        "/v1/status": _Endpoint(service, GET=models.status),
-        "/health": _Endpoint(service, GET=models.health),
-        "/openapi.json": _Endpoint(service, GET=models.described),
-        "/": _Endpoint(service, GET=models.root),
-    }
-    routes = [Route(path, endpoint) for path, endpoint in endpoints.items()]
+    routes = [Route(path, _Endpoint(service, *served)) for path, served in ENDPOINTS.items()]
     router = Router(routes, redirect_slashes=False, default=_not_found)
 
     async def app(scope: Scope, receive: Receive, send: Send) -> None:

@@ -111,7 +111,7 @@ def _invalid(text: str) -> PenstockError:
     if missing:
         path = f"{path}.{missing['name']}" if path else missing["name"]
         what = "This field is required"
-    message = f"{path}: {what.replace('`', '')}." if path else f"The body: {what.replace('`', '')}."
+    message = f"{path or 'The body'}: {what.replace('`', '')}."
     return PenstockError(Kind.INVALID_FIELD, message, param=path or None)
 
 

@@ -32,12 +32,8 @@ class Silence:
     """
 
     def __init__(self, service: Service, exchange: Exchange, renderer: Renderer) -> None:
-        self._exchange = exchange
-        self._send = exchange.send
-        self._renderer = renderer
-        self._backend = service.backend
+        self._service, self._exchange, self._renderer = service, exchange, renderer
         self._interval = service.timing.keepalive
-        self._patience = service.timing.stalled_reader
         self._loop = asyncio.get_running_loop()
         self._last = self._loop.time()
         self._sending = False
@@ -48,7 +44,7 @@ class Silence:
         """A part of the body, or the last. Waits while the client doesn't read."""
         self._sending = True
         self._last = self._loop.time()
-        await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        await self._exchange.send({"type": "http.response.body", "body": data, "more_body": more})
         self._sending = False
 
     async def end(self, data: bytes) -> None:
@@ -59,9 +55,9 @@ class Silence:
     def _due(self) -> None:
         now = self._loop.time()
         quiet = now - self._last
-        if self._sending and quiet >= self._patience:
+        if self._sending and quiet >= self._service.timing.stalled_reader:
             self._exchange.cut()
-        elif not self._sending and quiet >= self._interval and self._backend.state != "stalled":
+        elif not self._sending and quiet >= self._interval and self._service.backend.state != "stalled":
             self._task = self._loop.create_task(self.send(self._renderer.keepalive()))
             quiet = 0.0
         self._timer = self._loop.call_later(max(self._interval - quiet, self._interval / 4), self._due)

@@ -1,4 +1,4 @@
-"""The options of config.py as argparse flags, as a TOML text, and as the page docs/options.md.
+"""The options of config.py as argparse flags and as a TOML text, and what is said of each.
 
 Nothing here knows a single option: all is generated from the fields. A flag's text goes unparsed to
 `config.resolve`, so that flags, variables and file share one parser and one wording of errors.
@@ -47,7 +47,7 @@ def _add(group: Any, option: Field[Any]) -> None:
     shared = {
         "dest": option.name,
         "default": None,
-        "help": f"{_meaning(option)} ({_default(option)})".replace("%", "%%"),
+        "help": f"{meaning(option)} ({default(option)})".replace("%", "%%"),
     }
     if form is config.SWITCH:
         group.add_argument(config.flag_of(option), action=argparse.BooleanOptionalAction, **shared)
@@ -116,30 +116,8 @@ def _literal(value: Any) -> str:
     return json.dumps(value)
 
 
-def reference() -> str:
-    """The text of docs/options.md."""
-    lines = [
-        "# Options",
-        "",
-        "Generated from `src/penstock/config.py` by `make docs`. Each option of `penstock serve` is a flag, "
-        "a variable and a key of a TOML file (`--config`, else `PENSTOCK_CONFIG`, else "
-        "`~/.config/penstock/config.toml`). A flag goes before the variable, the variable before the file. "
-        "`penstock serve --print-config` prints what is in force and where it was set. A switch has a "
-        "negative form: `--no-demo`. Sizes: `8G` and `512MB` are decimal, `8GiB` is binary, `75%` is of this "
-        "machine's memory.",
-    ]
-    for name, options in groupby(config.listed(), key=lambda option: option.metadata["group"]):
-        titles = "| flag | variable | key | default | meaning |"
-        lines += ["", f"## {name}", "", titles, "|---|---|---|---|---|"]
-        for option in options:
-            flag = f"{config.flag_of(option)} {option.metadata['form'].metavar}".strip()
-            names = (f"`{written}`" for written in (flag, config.variable_of(option), option.name))
-            cells = (*names, _default(option), _meaning(option))
-            lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
-def _meaning(option: Field[Any]) -> str:
+def meaning(option: Field[Any]) -> str:
+    """What an option does, and what becomes of one that has no effect here."""
     meaning = str(option.metadata["help"])
     for key, verb in (("refused", "Refused"), ("accepted", "Accepted without effect")):
         if key in option.metadata:
@@ -147,7 +125,8 @@ def _meaning(option: Field[Any]) -> str:
     return meaning
 
 
-def _default(option: Field[Any]) -> str:
+def default(option: Field[Any]) -> str:
+    """What holds where an option is not set, for people."""
     value = config.default_of(option)
     if value in (None, (), "") or isinstance(value, dict):
         return str(option.metadata.get("unset", "none"))
