@@ -85,7 +85,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.short_behind_long", description=__doc__)
     parser.add_argument("--shape", default="dense", help="of bench.models (%(default)s)")
     parser.add_argument("--dtype", default="float32")
-    parser.add_argument("--long", type=int, default=16_000, help="words of the long prompt (%(default)s)")
+    parser.add_argument("--long", type=int, default=8_000, help="words of the long prompt (%(default)s)")
     parser.add_argument("--short", type=int, default=200, help="words of the short ones (%(default)s)")
     parser.add_argument("--tokens", type=int, default=20, help="of a short answer (%(default)s)")
     parser.add_argument("--rounds", type=int, default=3)
