@@ -207,10 +207,10 @@ def test_an_empty_prompt(client: openai.OpenAI, server: ScriptedServer) -> None:
 
 def test_a_prompt_longer_than_the_context(client: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refused:
-        chat(client, " ab" * 50_000)
+        chat(client, " ab" * 140_000)
     assert refused.value.code == "context_length_exceeded"
-    assert "40960" in refused.value.message.replace(",", "")
-    assert "50" in refused.value.message
+    assert "131072" in refused.value.message.replace(",", "")
+    assert "140" in refused.value.message
 
 
 def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI) -> None:
