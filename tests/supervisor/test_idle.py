@@ -76,6 +76,25 @@ def test_an_engine_that_nobody_needs_ends_and_comes_back_with_the_next_request(c
     assert caplog.text.count("the engine is being started") == 2
 
 
+def test_a_request_too_short_for_the_periodic_look_counts_all_the_same() -> None:
+    class Noted(Idle):
+        requests = 0
+
+        def look(self, now, busy):
+            self.requests += busy
+            return super().look(now, busy)
+
+    idle = Noted()
+
+    async def main(backend):
+        await backend.wait_ready()
+        before = idle.requests
+        backend.open(job([1])).close()
+        assert idle.requests == before + 1
+
+    play(main, idle=idle)
+
+
 def test_a_request_that_comes_while_the_engine_ends_is_served_by_the_next(monkeypatch) -> None:
     rest = Backend._rest
     opened = []
