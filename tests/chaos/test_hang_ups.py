@@ -65,6 +65,7 @@ def test_nothing_of_a_hang_up_stays(tmp_path: Path, count: int) -> None:
             memory = resident(server.process.pid)
             silent = range(10_000, 10_000 + -(-count // 7))
             list(pool.map(leave, range(100, 100 + count - len(silent))))
+        settled(server)
         said = server.log().count("client gone")
         for start in range(silent.start, silent.stop, AT_A_TIME * 2):
             vanish_together(server, range(start, min(start + AT_A_TIME * 2, silent.stop)))

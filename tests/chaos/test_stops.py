@@ -53,7 +53,7 @@ def open_all(backend: Backend, most: int = 150):
 
 
 async def answers(tickets) -> list[list[int]]:
-    return [(await hear(ticket)).ids[0] for ticket in tickets]
+    return [(await hear(ticket, 60.0)).ids[0] for ticket in tickets]
 
 
 def test_a_stopped_engine_is_replaced_and_streams_go_on(model: Path) -> None:
