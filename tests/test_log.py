@@ -147,19 +147,29 @@ def test_progress_is_lines_in_a_file(stream: io.StringIO, monkeypatch: pytest.Mo
 
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.integers(0, 700)), max_size=60))
 def test_repeated_events_are_summed_and_none_is_lost(events: list[tuple[str, int]]) -> None:
-    repeats = log.Repeats()
-    said: list[tuple[str, float, str]] = []
-    now = 0.0
-    for kind, pause in events:
-        now += pause / 1024  # exact in binary
-        said += [(line[0], now, line) for line in repeats.due(now)]
-        if line := repeats.note(kind, f"{kind}!", now):
-            said.append((kind, now, line))
-    said += [(line[0], now + 1, line) for line in repeats.due(now + 1)]
-    assert repeats.next_due() is None
+    """On a clock of its own: timers are what is due a second (1,024 ticks) later."""
+    now, timers, said = 0, [], []
+
+    def pass_time(until: int) -> None:
+        nonlocal now
+        while timers and timers[0][0] <= until:
+            now, act, kind = timers.pop(0)
+            act(kind)
+        now = until
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(log, "_waiting", {})
+        patch.setattr(log, "_later", lambda act, kind: timers.append((now + 1024, act, kind)))
+        patch.setattr(log.logger, "warning", lambda line: said.append((line[0], now, line)))
+        for kind, pause in events:
+            pass_time(now + pause)
+            log.repeated(kind, f"{kind}!")
+        pass_time(now + 5000)
+        assert not log._waiting
+    assert not timers
     for kind in "ab":
         times = [at for k, at, _ in said if k == kind]
-        assert all(later - earlier >= 1 for earlier, later in pairwise(times))
+        assert all(later - earlier >= 1024 for earlier, later in pairwise(times))
         more = sum(
             int(m[1]) for k, _, line in said if k == kind and (m := re.search(r"and (\d+) more", line))
         )
@@ -169,14 +179,20 @@ def test_repeated_events_are_summed_and_none_is_lost(events: list[tuple[str, int
 def test_what_was_held_back_is_said_without_another_event(
     stream: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = [100.0]
-    monkeypatch.setattr(log, "_repeats", log.Repeats())
-    monkeypatch.setattr(log, "_clock", lambda: clock[0])
-    monkeypatch.setattr(log, "_arm", lambda: None)
+    started: list[threading.Timer] = []
+
+    class Held(threading.Timer):
+        def start(self) -> None:
+            started.append(self)
+
+    monkeypatch.setattr(log, "_waiting", {})
+    monkeypatch.setattr(threading, "Timer", Held)
     for _ in range(4):
         log.repeated("busy", "busy: a request was turned away")
-    clock[0] += 1.0
-    log.flush_repeated()
+    (timer,) = started
+    assert timer.daemon
+    assert timer.interval == 1.0
+    timer.function(*timer.args)
     assert untimed(stream.getvalue()) == [
         "warning: busy: a request was turned away",
         "warning: busy: a request was turned away (and 2 more like it)",

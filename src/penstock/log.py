@@ -33,6 +33,8 @@ _OUR_BUGS = ("asyncio", "uvicorn.error")
 
 PROGRESS_EVERY = 5.0
 """Seconds after which a prefill is worth a line, and between such lines."""
+REPEATS_EVERY = 1.0
+"""Seconds between lines of the same kind of repeated event."""
 
 logger = logging.getLogger("penstock")
 
@@ -63,37 +65,6 @@ class RequestRecord:
             f"queue {self.queue:.1f} s, prefill {self.prefill:.1f} s, "
             f"{self.generated:,} tokens{rate}, {self.finish}"
         )
-
-
-class Repeats:
-    """Sums events of a kind: the first is said at once, those of the next second together after it. Pure."""
-
-    EVERY = 1.0
-    """Seconds."""
-
-    def __init__(self) -> None:
-        self._said: dict[str, float] = {}
-        self._pending: dict[str, tuple[int, str]] = {}
-
-    def note(self, kind: str, message: str, now: float) -> str | None:
-        """An event at `now` (seconds, monotonic); the line to say for it, or None if it waits."""
-        count, _ = self._pending.get(kind, (0, ""))
-        self._pending[kind] = (count + 1, message)
-        return self._say(kind, now) if now - self._said.get(kind, float("-inf")) >= self.EVERY else None
-
-    def due(self, now: float) -> list[str]:
-        """The lines for events that have waited long enough."""
-        ripe = [kind for kind in self._pending if now - self._said[kind] >= self.EVERY]
-        return [self._say(kind, now) for kind in ripe]
-
-    def next_due(self) -> float | None:
-        """When `due` will have something to say; None: nothing waits."""
-        return min((self._said[kind] + self.EVERY for kind in self._pending), default=None)
-
-    def _say(self, kind: str, now: float) -> str:
-        count, message = self._pending.pop(kind)
-        self._said[kind] = now
-        return message if count == 1 else f"{message} (and {count - 1:,} more like it)"
 
 
 class PrefillPace:
@@ -152,11 +123,11 @@ class _Form(logging.Formatter):
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
 
 
-_repeats = Repeats()
 _pace = PrefillPace()
 _lock = threading.Lock()
 _clock: Callable[[], float] = time.monotonic
-_timer: threading.Timer | None = None
+_waiting: dict[str, tuple[int, str]] = {}
+"""Kinds of which a line was said within the last second: how many came since, and the last one's words."""
 
 
 def setup(level: str = "INFO", stream: TextIO | None = None) -> None:
@@ -209,32 +180,29 @@ def probe(method: str, path: str, status: int) -> None:
 
 
 def repeated(kind: str, message: str) -> None:
-    """A warning that may come in numbers: at most one line a second per `kind`, with the number."""
+    """A warning that may come in numbers: said at once, those of the next second together after it."""
     with _lock:
-        line = _repeats.note(kind, message, _clock())
-        _arm()
-    if line is not None:
-        logger.warning(line)
+        count, _ = _waiting.get(kind, (-1, ""))
+        _waiting[kind] = (count + 1, message)
+    if count < 0:
+        logger.warning(message)
+        _later(_say_waiting, kind)
 
 
-def flush_repeated() -> None:
-    """Say what waits to be summed, if its time has come."""
-    global _timer  # noqa: PLW0603
+def _say_waiting(kind: str) -> None:
     with _lock:
-        _timer = None
-        lines = _repeats.due(_clock())
-        _arm()
-    for line in lines:
-        logger.warning(line)
+        count, message = _waiting.pop(kind)
+        if count:
+            _waiting[kind] = (0, "")
+    if count:
+        logger.warning(message if count == 1 else f"{message} (and {count - 1:,} more like it)")
+        _later(_say_waiting, kind)
 
 
-def _arm() -> None:
-    global _timer  # noqa: PLW0603
-    due = _repeats.next_due()
-    if _timer is None and due is not None:
-        _timer = threading.Timer(max(0.01, due - _clock()), flush_repeated)
-        _timer.daemon = True
-        _timer.start()
+def _later(act: Callable[[str], None], kind: str) -> None:
+    timer = threading.Timer(REPEATS_EVERY, act, [kind])
+    timer.daemon = True
+    timer.start()
 
 
 def bug(what: str, error: BaseException) -> None:

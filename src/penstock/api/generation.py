@@ -120,9 +120,7 @@ class Generation:
             ticket.end(event.choice, choice.prompt + stopped)
             return self._finish(index, choice, [delta], "cut")
         choice.generated += len(event.ids)
-        if delta.content or delta.reasoning or delta.tool_calls or delta.logprobs:
-            return Piece(index, [delta])
-        return None
+        return Piece(index, [delta]) if delta else None
 
     def _finish(self, index: int, choice: Choice, deltas: list[Delta], reason: str) -> Piece:
         rest, choice.finish_reason = choice.assembler.finish(reason)

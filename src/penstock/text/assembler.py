@@ -157,10 +157,8 @@ class Assembler:
             return self._split(text)
         text = self._stop_held + text
         cut, match = self._stops.scan(text)
-        if match is None:
-            self._stop_held = text[cut:]
-        else:
-            self._stop_held = ""
+        self._stop_held = "" if match else text[cut:]
+        if match:
             self.stopped_at, self.stop = self._fed, match
         return self._split(text[:cut])
 

@@ -23,15 +23,11 @@ class Patterns:
         found = self._first(text)
         if found is None:
             return len(text), None
-        end, match = len(text) + 1, None
-        for string in self.strings:
-            at = text.find(string, found.start())
-            if at >= 0 and (
-                at + len(string) < end or (at + len(string) == end and len(string) > len(match or ""))
-            ):
-                end, match = at + len(string), string
-        if match is not None:
-            return end - len(match), match
+        places = ((text.find(string, found.start()), string) for string in self.strings)
+        ends = [(at + len(string), at, string) for at, string in places if at >= 0]
+        if ends:
+            _, at, match = min(ends)
+            return at, match
         while found is not None:
             rest = text[found.start() :]
             if any(string.startswith(rest) for string in self.strings):
