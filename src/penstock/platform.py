@@ -154,11 +154,8 @@ def _why_not(host: str, port: int, error: OSError) -> str:
 
 def port_holder(port: int) -> Holder | None:
     """The process that listens on `port`, where the system tells."""
-    if sys.platform == "linux":
-        return _holder_by_proc(port)
-    if sys.platform == "darwin":
-        return _holder_by_lsof(port)
-    return None
+    look = {"linux": _holder_by_proc, "darwin": _holder_by_lsof}.get(sys.platform)
+    return look(port) if look else None
 
 
 def _holder_by_proc(port: int, proc: Path = Path("/proc")) -> Holder | None:

@@ -12,6 +12,8 @@ from penstock.api.exchange import Exchange
 from penstock.api.service import Service
 
 _OPENAPI = msgspec.json.encode(openapi.openapi(__version__))
+_TOLD = ("batch_mode", "batch_reason", "max_model_len", "backend", "device", "weights_bytes")
+"""Of what the engine said when it was ready."""
 
 
 def _model(service: Service, name: str) -> dict[str, Any]:
@@ -50,12 +52,7 @@ async def health(service: Service, exchange: Exchange) -> None:
     facts = {
         "status": "ok" if backend.state == "ready" else backend.state,
         "model": service.model_name,
-        "batch_mode": ready.batch_mode,
-        "batch_reason": ready.batch_reason,
-        "max_model_len": ready.max_model_len,
-        "backend": ready.backend,
-        "device": ready.device,
-        "weights_bytes": ready.weights_bytes,
+        **{name: getattr(ready, name) for name in _TOLD},
         "front": {"held_bytes": service.admission.held, "open_requests": service.admission.open},
     }
     await exchange.respond_json(200, {**backend.snapshot(), **facts})

@@ -42,12 +42,8 @@ class RaggedKV:
     ) -> tuple[seams.RaggedArray, seams.RaggedArray]:
         """Write (B, H, 1, D) to the rows' caches; all rows' keys and values as ragged arrays of B parts."""
         count = len(self._rows)
-        pairs = [
-            cache.update_and_fetch(k, v)
-            for cache, k, v in zip(
-                self._rows, seams.split(keys, count), seams.split(values, count), strict=True
-            )
-        ]
+        parts = zip(self._rows, seams.split(keys, count), seams.split(values, count), strict=True)
+        pairs = [cache.update_and_fetch(k, v) for cache, k, v in parts]
         self._fetched = seams.RaggedArray([k for k, _ in pairs]), seams.RaggedArray([v for _, v in pairs])
         return self._fetched
 
@@ -160,10 +156,6 @@ class Runner:
         """Every array of every open row, for audits; don't keep them beyond a step."""
         return [array for row in self._rows for array in row.arrays()] + self._stack.arrays()
 
-    def bytes(self) -> int:
-        """Allocated bytes of all rows together, each buffer once."""
-        return _allocated(self.live_buffers())
-
     def _obstacle(self) -> str | None:
         name = unknown(Row(make_prompt_cache(self._model), 0).caches)
         return name and f"its {name} has no batched form"
@@ -175,9 +167,8 @@ class Runner:
     def _ragged(self, rows: Sequence[Row], inputs: mx.array) -> mx.array:
         offsets = mx.array([row.length for row in rows], mx.int32)
         states = iter(self._stack.gather(rows))
-        caches = [
-            _layer(per_row, offsets, states) for per_row in zip(*(row.caches for row in rows), strict=True)
-        ]
+        layers = zip(*(row.caches for row in rows), strict=True)
+        caches = [_layer(per_row, offsets, states) for per_row in layers]
         return self._model(inputs[:, None], cache=caches)[:, -1]  # type: ignore[no-any-return]
 
 

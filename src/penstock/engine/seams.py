@@ -112,9 +112,7 @@ def missing() -> str | None:
     if _original is None:
         return f"mlx-lm's models.base has no {SEAM}"
     names = tuple(inspect.signature(_original).parameters)
-    if names != _PARAMETERS:
-        return f"mlx-lm's {SEAM} takes {', '.join(names)}"
-    return None
+    return None if names == _PARAMETERS else f"mlx-lm's {SEAM} takes {', '.join(names)}"
 
 
 def install() -> str | None:

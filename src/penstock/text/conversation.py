@@ -70,11 +70,6 @@ def _call(call: Any) -> Any:
     return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
 
 
-def has_late_system(messages: list[Message]) -> bool:
-    """Whether a system message stands anywhere but first."""
-    return any(message["role"] == "system" for message in messages[1:])
-
-
 def tag_late_systems(messages: list[Message]) -> list[Message]:
     """Leading system messages joined into one; a later one, in place, as a user turn that says what it is."""
     mended: list[Message] = []

@@ -18,7 +18,6 @@ from jinja2.exceptions import SecurityError
 from penstock.errors import Kind, PenstockError
 from penstock.text.conversation import (
     Message,
-    has_late_system,
     join_turns,
     normalise,
     plain_dialogue,
@@ -111,7 +110,7 @@ class ChatTemplate:
         scope = {key: value for key, value in (kwargs or {}).items() if _may_set(key)}
         scope |= {"tools": tools or None, "add_generation_prompt": add_generation_prompt}
         attempts = [tag_late_systems(turns), join_turns(turns)]
-        if self._takes_late_system or not has_late_system(turns):
+        if self._takes_late_system or not any(turn["role"] == "system" for turn in turns[1:]):
             attempts.insert(0, turns)
         refusals = []
         for number, attempt in enumerate(attempts):
