@@ -81,10 +81,10 @@ def test_a_cut_is_answered_at_once_and_leaves_the_engine():
         other = backend.open(job(range(50)))
         heard = []
         while len(heard) < 3:
-            event = await opened.next(5)
+            event = await opened.next()
             heard += getattr(event, "ids", [])
         opened.end(0, 1002)
-        assert await opened.next(0) == Finished(0, "cut")
+        assert await opened.next() == Finished(0, "cut")
         with pytest.raises(Done):
             await opened.next()
         assert opened.stats.generated == [2]
@@ -155,7 +155,7 @@ def test_a_sequence_cut_before_the_death_is_not_submitted_again():
         opened = backend.open(job([666]))
         other = backend.open(job(range(40)))
         while not opened.stats.generated[0]:
-            await opened.next(5)
+            await opened.next()
         os.kill(backend.snapshot()["engine"]["pid"], signal.SIGSTOP)
         opened.end(0, 2)
         assert backend.snapshot()["ending"] == 1

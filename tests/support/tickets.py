@@ -41,9 +41,11 @@ async def hear(ticket: Ticket, patience: float = 20.0) -> Heard:
     heard = Heard()
     while True:
         try:
-            event = await ticket.next(patience)
+            event = await asyncio.wait_for(ticket.next(), patience)
         except Done:
             return heard
+        except TimeoutError:
+            raise AssertionError(f"nothing for {patience:g} s") from None
         match event:
             case Tokens():
                 assert event.choice not in heard.reasons
@@ -53,5 +55,3 @@ async def hear(ticket: Ticket, patience: float = 20.0) -> Heard:
                 heard.reasons[event.choice] = event.reason
             case Progress():
                 heard.progress.append((event.done, event.total))
-            case None:
-                raise AssertionError(f"nothing for {patience:g} s")

@@ -9,6 +9,7 @@ for the body. Invariant: between requests and while one arrives, a timer is runn
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import resource
 from dataclasses import dataclass, replace
 from typing import Any
@@ -44,17 +45,13 @@ class Bounds:
 def room_for_connections(bounds: Bounds) -> Bounds:
     """Ask the system for more descriptors, and let in no more connections than it then allows."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY:
+        return bounds
     wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        try:
-            resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-            soft = wanted
-        except (OSError, ValueError):  # Darwin has a limit of its own below the hard one
-            pass
-    allowed = bounds.connections
-    if soft != resource.RLIM_INFINITY:
-        allowed = max(1, min(allowed, soft - SPARE_DESCRIPTORS))
-    return replace(bounds, connections=allowed)
+    with contextlib.suppress(OSError, ValueError):  # Darwin has a limit of its own below the hard one
+        resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, wanted), hard))
+        soft = max(soft, wanted)
+    return replace(bounds, connections=max(1, min(bounds.connections, soft - SPARE_DESCRIPTORS)))
 
 
 class BoundedProtocol(HttpToolsProtocol):

@@ -82,20 +82,23 @@ class Backend:
         """downloading (not started yet), loading, ready, stalled, restarting, unloaded, halted, stopping."""
         if self._draining:
             return m.State.STOPPING.value
-        if self._life.state is m.State.READY and self._stalled() is not None:
+        if self._stalled is not None:
             return "stalled"
         return self._life.state.value if self._options is not None else "downloading"
 
     @property
     def reason(self) -> str | None:
         """Why it is restarting, stalled or halted."""
-        stalled = self._stalled()
-        if stalled is not None and self._life.state is m.State.READY:
-            return f"the engine has made no progress for {stalled:.0f} s"
+        if self._stalled is not None:
+            return f"the engine has made no progress for {self._stalled:.0f} s"
         return self._life.reason
 
+    @property
     def _stalled(self) -> float | None:
-        return None if self._engine is None else self._engine.watch.stalled
+        """Seconds."""
+        if self._engine is None or self._life.state is not m.State.READY:
+            return None
+        return self._engine.watch.stalled
 
     def start(self, options: wire.EngineOptions) -> None:
         """Starts the first engine and returns at once; void after `stop`. Once, on the event loop."""

@@ -75,14 +75,12 @@ class TicketStats:
     """Times are of `time.monotonic`; counts are ids."""
 
     submitted: float
-    prompt: int
     generated: list[int]
     cached: int = 0
     why: str = ""
     """Why no more of the prompt was in the cache."""
     first_prefill: float | None = None
     first_token: float | None = None
-    done: float | None = None
     restarts: int = 0
     """Engines that died under this job."""
 
@@ -92,22 +90,20 @@ class Ticket:
 
     def __init__(self, job: Job, ids: list[int], end: Callable[[int, int | None], None]) -> None:
         self.ids = ids
-        self.stats = TicketStats(monotonic(), len(job.prompt), [0] * job.n)
+        self.stats = TicketStats(monotonic(), [0] * job.n)
         self._end = end
         self._open = set(range(job.n))
         self._events: deque[Event] = deque()
         self._failure: PenstockError | None = None
         self._waiter: asyncio.Future[None] | None = None
-        self._deadline: float | None = None
-        self._timer: asyncio.TimerHandle | None = None
 
     @property
     def closed(self) -> bool:
         """Nothing of it is open any more; events may still wait to be taken."""
         return not self._open
 
-    async def next(self, timeout: float | None = None) -> Event | None:
-        """The next event; None after `timeout` seconds without one.
+    async def next(self) -> Event:
+        """The next event.
 
         Raises PenstockError if a choice failed (the others are ended then), Done when all is over.
         """
@@ -116,37 +112,12 @@ class Ticket:
                 raise self._failure
             if not self._open:
                 raise Done
-            if not await self._wait(timeout):
-                return None
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
         return self._events.popleft()
-
-    async def _wait(self, timeout: float | None) -> bool:
-        loop = asyncio.get_running_loop()
-        waiter = self._waiter = loop.create_future()
-        self._deadline = None if timeout is None else loop.time() + timeout
-        if self._deadline is not None and (self._timer is None or self._timer.when() > self._deadline):
-            self._cancel_timer()
-            self._timer = loop.call_at(self._deadline, self._alarm, loop)
-        try:
-            await waiter
-        finally:
-            self._waiter = None
-        return bool(self._events or self._failure or not self._open)
-
-    def _alarm(self, loop: asyncio.AbstractEventLoop) -> None:
-        # One timer serves many waits: arming one for each would cost more than all the rest of a wait.
-        self._timer = None
-        if self._waiter is None or self._deadline is None:
-            return
-        if loop.time() >= self._deadline:
-            _wake(self._waiter)
-        else:
-            self._timer = loop.call_at(self._deadline, self._alarm, loop)
-
-    def _cancel_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
 
     def end(self, choice: int, keep: int) -> None:
         """Ends a choice for a reason of text: its first `keep` ids (prompt and answer) count.
@@ -189,9 +160,7 @@ class Ticket:
                 last.top += top
         else:
             events.append(Tokens(choice, ids, logprobs, top))
-        waiter = self._waiter
-        if waiter is not None and not waiter.done():
-            waiter.set_result(None)
+        self._wake()
 
     def put_progress(self, choice: int, done: int, total: int) -> None:
         if self.stats.first_prefill is None:
@@ -210,7 +179,7 @@ class Ticket:
             self._events = deque(waiting)
         self.stats.generated[choice] = generated
         self._events.append(Finished(choice, reason))
-        self._over()
+        self._wake()
 
     def put_failure(self, choice: int, error: PenstockError) -> None:
         """The first failure counts; the other choices are ended."""
@@ -219,19 +188,8 @@ class Ticket:
             self._failure = error
             for other in list(self._open):
                 self._end(self.ids[other], None)
-        self._over()
-
-    def _over(self) -> None:
-        if not self._open and self.stats.done is None:
-            self.stats.done = monotonic()
-            self._cancel_timer()
         self._wake()
 
     def _wake(self) -> None:
-        if self._waiter is not None:
-            _wake(self._waiter)
-
-
-def _wake(waiter: asyncio.Future[None]) -> None:
-    if not waiter.done():
-        waiter.set_result(None)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
