@@ -120,23 +120,17 @@ def table(found: dict[str, Any]) -> str:
     """The figures for people."""
     from penstock.sizes import gigabytes
 
+    fixed = f" + {gigabytes(size)} a sequence" if (size := found["fixed_bytes_per_sequence"]) else ""
     lines = [
         f"{found['model']} on {found['machine']}",
         f"  may be used     {gigabytes(found['ceiling_bytes'])} ({found['decided_by']})",
         f"  weights         {gigabytes(found['weights_bytes'])}",
-        f"  KV              {found['kv_bytes_per_token'] / 1e3:,.1f} KB a token"
-        + (
-            f" + {gigabytes(found['fixed_bytes_per_sequence'])} a sequence"
-            * bool(found["fixed_bytes_per_sequence"])
-        ),
+        f"  KV              {found['kv_bytes_per_token'] / 1e3:,.1f} KB a token{fixed}",
     ]
     if not found["fits"]:
         return "\n".join([*lines, "It does not fit: the weights leave no room to compute."])
-    bound = (
-        "the model's own"
-        if found["longest"] == found["context_length"]
-        else f"of {found['context_length']:,}"
-    )
+    most = found["context_length"]
+    bound = "the model's own" if found["longest"] == most else f"of {most:,}"
     lines.append(f"  longest context {found['longest']:,} tokens ({bound})")
     if found["sessions"]:
         lines.append(f"  {'sessions of':<15}" + "".join(f"{int(n) // 1000:>8}k" for n in found["sessions"]))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import faulthandler
 import logging
 import sys
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import TypeVar
@@ -85,7 +86,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
     room = budget.ceiling - facts.weights_bytes
     transient = _transient(options, loaded, runner, room, channel, page)
     mx.clear_cache()
-    held = max(facts.weights_bytes, int(mx.get_active_memory()))  # with constants that the model has made
+    held = max(facts.weights_bytes + transient.constants, int(mx.get_active_memory()))
     accounts = Accounts(budget.ceiling, held, costs, limits.set_pool, mx.set_memory_limit)
     accounts.set_budget(budget.size)
     cache = PromptCache(
@@ -148,7 +149,8 @@ def _transient(
         longest=options.prefill_step_size,
         beat=page.beat,
     )
-    profile.save(key, measured)
+    constants = max(0, int(mx.get_active_memory()) - loaded.facts.weights_bytes)
+    profile.save(key, measured := replace(measured, constants=constants))
     return measured
 
 

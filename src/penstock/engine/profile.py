@@ -42,14 +42,14 @@ def load(key: str) -> Transient | None:
         stored = msgspec.json.decode(_path(key).read_bytes(), type=_Profile)
     except (OSError, ValueError):
         return None
-    return Transient(stored.chunk, stored.step, stored.costly_draw)
+    return Transient(stored.chunk, stored.step, stored.costly_draw, stored.constants)
 
 
 def save(key: str, transient: Transient) -> None:
     """Store the scalars; readers see the old file or the whole new one."""
     path = _path(key)
     assert isinstance(transient.chunk, Curve)
-    text = msgspec.json.encode(_Profile(transient.chunk, transient.step, transient.costly_draw))
+    text = msgspec.json.encode(transient)
     try:
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
@@ -63,6 +63,7 @@ class _Profile(msgspec.Struct, frozen=True):
     chunk: Curve
     step: Scalars
     costly_draw: int
+    constants: int
 
 
 def _path(key: str) -> Path:

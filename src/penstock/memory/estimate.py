@@ -119,10 +119,12 @@ def figures(
 ) -> dict[str, Any]:
     """What `ceiling` bytes hold of a model, by the arithmetic of admission. Bytes and tokens.
 
-    `longest`: the longest sequence, prompt and answer, 0 if the model does not fit. Of each session length:
-    how many run at once, each with room for 1,024 ids of an answer, and what one of them leaves for cached
-    prompts, in tokens.
+    Counted as weights is also what the model keeps once it has run, as far as that was measured. `longest`:
+    the longest sequence, prompt and answer, 0 if the model does not fit. Of each session length: how many run
+    at once, each with room for 1,024 ids of an answer, and what one of them leaves for cached prompts, in
+    tokens.
     """
+    weights += fit.transient.constants
     room = ceiling - weights
     longest = fit.longest(room, context) if room > 0 else 0
     sessions = {}

@@ -105,6 +105,8 @@ class Transient:
     step: Scalars
     costly_draw: int = 0
     """Bytes more of a row whose draw asks for XTC: it sorts the whole vocabulary twice."""
+    constants: int = 0
+    """Bytes that the model keeps beside its weights once it has run: masks, frequencies."""
 
     def prefill(self, length: int, context: int) -> int:
         """Peak in bytes of a prefill chunk of `length` ids after `context` computed ones, with margin."""
