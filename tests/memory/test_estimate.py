@@ -100,6 +100,15 @@ def test_sessions_longer_than_the_context_are_not_spoken_of() -> None:
     assert list(found["sessions"]) == ["2000", "8000"]
 
 
+def test_what_the_model_keeps_beside_its_weights_is_counted_with_them() -> None:
+    keeping = Fit(COSTS, replace(PREDICTED, constants=3 * MB))
+    kept = figures(keeping, ceiling=60 * MB, weights=7 * MB, context=9_000, most_rows=32)
+    assert kept == figures(
+        Fit(COSTS, PREDICTED), ceiling=60 * MB, weights=10 * MB, context=9_000, most_rows=32
+    )
+    assert kept["longest"] < 9_000
+
+
 def test_weights_beyond_the_ceiling_leave_nothing() -> None:
     found = figures(Fit(COSTS, PREDICTED), ceiling=5 * MB, weights=7 * MB, context=4096, most_rows=32)
     assert (found["fits"], found["longest"]) == (False, 0)
