@@ -148,7 +148,7 @@ class EngineLoop:
         assert self.loop.counts["audit_repairs"] == 0
         self.cache.clear()
         assert self.accounts.ledger.balance(Account.CACHED) == 0, "the cache holds what can't be evicted"
-        assert self.loop.runner.bytes() == 0, "the engine is not empty when idle"
+        assert not self.loop.runner.live_buffers(), "the engine is not empty when idle"
         assert not self.accounts.rows
         assert self.accounts.ledger.balance(Account.LIVE_KV) == 0
         assert self.accounts.ledger.balance(Account.TRANSIENT) == 0
