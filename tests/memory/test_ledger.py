@@ -31,9 +31,9 @@ class LedgerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data(), share=st.floats(0, 1))
-    def commit(self, data: st.DataObject, share: float) -> None:
+    def correct(self, data: st.DataObject, share: float) -> None:
         lease = data.draw(st.sampled_from(self.leases))
-        self.ledger.commit(lease, int(lease.size * share))
+        self.ledger.correct(lease, int(lease.size * share), lease.buffers)
 
     @precondition(lambda self: self.leases)
     @rule(data=st.data())
@@ -69,12 +69,11 @@ class LedgerMachine(RuleBasedStateMachine):
 TestLedger = LedgerMachine.TestCase
 
 
-def test_a_commit_beyond_the_lease_is_a_bug() -> None:
+def test_a_take_beyond_the_ceiling_is_a_bug() -> None:
     ledger = Ledger(100)
-    lease = ledger.reserve(Account.LIVE_KV, 50)
-    assert lease is not None
+    ledger.take(Account.LIVE_KV, 50, 0, 120)
     with pytest.raises(LedgerError):
-        ledger.commit(lease, 51)
+        ledger.take(Account.TRANSIENT, 71, 0, 120)
     assert ledger.held == 50
 
 

@@ -2,9 +2,8 @@
 
 Every byte that the engine's device may hold is under a lease of one account, taken *before* the bytes are:
 
-    reserve ──▶ commit ──▶ release        until a commit says less, the whole lease counts
-                  │
-                 move ──▶ another account, without a gap (a row's KV becomes the cache's)
+    reserve ──┬──────────▶ release
+              └──▶ move ──▶ another account, without a gap (a row's KV becomes the cache's)
 
 Refuses what does not fit; never asks where the room could come from, that is the scheduler's part.
 Invariant (the conservation law): an account's balance is the sum of its leases; their total is `held`; and
@@ -94,18 +93,6 @@ class Ledger:
             raise LedgerError(f"{size} bytes for {account.value} with {self.held} of {ceiling} held")
         return self._open(account, size, buffers)
 
-    def commit(self, lease: Lease, size: int | None = None, buffers: int | None = None) -> None:
-        """The bytes exist now. A smaller true size gives the rest back; a larger one is a wrong prediction.
-
-        Raises LedgerError where the true size is larger: the caller must have reserved enough.
-        """
-        self._check(lease)
-        true_size = lease.size if size is None else size
-        true_buffers = lease.buffers if buffers is None else buffers
-        if not 0 <= true_size <= lease.size:
-            raise LedgerError(f"committed {true_size} bytes of a lease of {lease.size}")
-        self._change(lease, true_size, true_buffers)
-
     def release(self, lease: Lease) -> None:
         """The bytes are gone. Raises LedgerError if they were already."""
         self._check(lease)
@@ -121,7 +108,7 @@ class Ledger:
         lease.account = account
 
     def correct(self, lease: Lease, size: int, buffers: int) -> None:
-        """Set a lease to what a recount found, fits or not: the audit's way to heal."""
+        """Set a lease to what is there, fits or not: a row that grew, states, what an audit found."""
         self._check(lease)
         self._change(lease, size, buffers)
 
