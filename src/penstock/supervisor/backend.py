@@ -255,10 +255,8 @@ class Backend:
         engine = self._engine
         if engine is None or self._life.state is not m.State.READY:
             return
-        if (sole := self._alone_on_board()) is not None:
-            waiting = deque([sole] if sole.epoch is None else [])
-        else:
-            waiting = self._unsent
+        sole = self._alone_on_board()
+        waiting = self._unsent if sole is None else deque([sole] if sole.epoch is None else [])
         while waiting and engine.channel.writable:
             entry = waiting.popleft()
             if entry.life.is_open and entry.epoch is None:
@@ -443,9 +441,9 @@ class Backend:
         if part is None:
             return
         self.given_back[part] = int(time())
+        say = _log.debug if part is Part.POOL else _log.info
+        say("no request for a while: the %s was given back", part.replace("_", " "))
         if part is Part.ENGINE:
             self._act(self._life.unload(monotonic()))
         else:
             engine.channel.send(wire.Release(part is Part.CACHE))
-        say = _log.debug if part is Part.POOL else _log.info
-        say("no request for a while: the %s was given back", part.replace("_", " "))
