@@ -229,10 +229,9 @@ def _entry(
     sequence: Sequence, on_board: list[Sequence], facts: Facts, room: Room, free: int
 ) -> Measure | None:
     """Take this sequence on board, or make room for it at nobody's cost; None: it waits."""
-    returning = sequence.preempted_at is not None
     if on_board and not sequence.may_return(facts.departures):
         return None
-    headroom = sum(_growth_step(s, facts) for s in on_board) if returning else 0
+    headroom = sum(_growth_step(s, facts) for s in on_board) if sequence.preemptions else 0
     capacity = sequence.first_capacity
     lacking = _entry_bytes(sequence, capacity, facts) + headroom - free
     if lacking > 0 and not on_board:
