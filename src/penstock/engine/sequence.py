@@ -137,7 +137,7 @@ class Sequence:
         self.preemptions += 1
 
     def may_return(self, departures: int) -> bool:
-        """Whether enough have left since: each time one more, or every growth of others would undo its work."""
+        """Whether enough have left since: each time one more, or growth of others would undo its work."""
         return self.preempted_at is None or departures >= self.preempted_at + self.preemptions
 
     def restart(self) -> None:
