@@ -15,7 +15,7 @@ from penstock.engine.rows import StateStack
 ROWS = 50
 TOKENS = 50_000
 FLAT = 512
-"""Bytes; the control below leaves more than ten times as much."""
+"""Bytes; the control below leaves more than five times as much, of fewer tokens."""
 CONFIG = tiny_models.config_of(
     "mamba2",
     hidden_size=8,
@@ -67,4 +67,4 @@ def test_the_leak_of_mlx_lms_own_advance_would_be_seen(monkeypatch: pytest.Monke
         return caches
 
     monkeypatch.setattr(StateStack, "gather", with_left_padding)
-    assert growth(Runner(tiny_models.make(CONFIG)), TOKENS, changes=1) > 10 * FLAT
+    assert growth(Runner(tiny_models.make(CONFIG)), TOKENS * 2 // 5, changes=1) > 5 * FLAT
