@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -177,6 +178,29 @@ def test_prefill_progress_reaches_the_whole_prompt(engine: EngineLoop) -> None:
     id_ = engine.submit(prompt(200), max_tokens=1)
     engine.play()
     assert engine.answers[id_].prefilled == [64, 128, 192, 199]
+
+
+class Blocking:
+    """A runner whose prefill computes while it is launched, as MLX's CPU back end does."""
+
+    def __init__(self, runner: Runner, seconds: float) -> None:
+        self.runner, self.seconds = runner, seconds
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.runner, name)
+
+    def prefill(self, row: object, ids: object) -> object:
+        time.sleep(self.seconds)
+        return self.runner.prefill(row, ids)  # type: ignore[arg-type]
+
+
+def test_the_pace_of_a_prefill_counts_what_its_launch_takes(engine: EngineLoop) -> None:
+    engine.loop.runner = Blocking(engine.loop.runner, 0.2)
+    engine.submit(prompt(300), max_tokens=1)
+    engine.play()
+    pace = engine.loop.facts.seconds_per_prefill_id
+    assert pace is not None
+    assert pace >= 0.2 / 64
 
 
 class Faulty:

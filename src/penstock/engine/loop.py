@@ -104,6 +104,7 @@ class Loop:
         self.report = wire.Step([], [], [], [])
         self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
         self.running = Running(page)
+        self.read_at = 0.0
         self.trial = False
 
     def run(self) -> None:
@@ -284,6 +285,7 @@ class Loop:
     # -- one step -------------------------------------------------------------------------------------
 
     def _launch(self, plan: Plan) -> InFlight:
+        began = time.monotonic()
         for sequence, capacity in plan.grow:
             self.accounts.grow(sequence, capacity)
             sequence.capacity = capacity
@@ -300,7 +302,7 @@ class Loop:
             raise
         orphans = max(0, orphans - self.runner.orphans)
         lasting = self.accounts.lasting
-        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, time.monotonic(), lasting, orphans)
+        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, began, lasting, orphans)
 
     def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
         self.running.decode(rows)
@@ -355,7 +357,8 @@ class Loop:
             self._observe(step)
         finally:
             self.accounts.ledger.release(step.lease)
-        self.running.read(time.monotonic() - step.launched_at, step.draws is not None)
+        self.running.read(step.seconds(self.read_at), step.draws is not None)
+        self.read_at = time.monotonic()
         self.page.step_done()
         self._let_go(left)
 
@@ -391,7 +394,7 @@ class Loop:
         mx.eval(step.chunk_arrays)
         check()
         sequence = chunk.sequence
-        speed = (time.monotonic() - step.launched_at) / chunk.length
+        speed = step.seconds(self.read_at) / chunk.length
         before = self.facts.seconds_per_prefill_id
         if before is not None:
             speed = SPEED_DECAY * speed + (1 - SPEED_DECAY) * before

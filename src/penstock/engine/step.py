@@ -7,6 +7,7 @@ device but `lists` and `collect_errors`, which are how the loop waits.
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,11 +28,18 @@ class InFlight:
     chunk: Chunk | None
     chunk_arrays: Any
     lease: Lease
-    launched_at: float
+    began: float
     lasting: int
     """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
     orphans: int
     """Closed rows' states in the stack that it replaced: they are there until it has run."""
+
+    def seconds(self, read_at: float) -> float:
+        """How long it has been running; `read_at`: when the step before was read, which ran until then.
+
+        From before its launch on, because MLX's CPU back end computes most of a step in `async_eval`.
+        """
+        return time.monotonic() - max(self.began, read_at)
 
 
 def members(step: InFlight | None) -> tuple[Sequence, ...]:
