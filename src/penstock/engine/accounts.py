@@ -116,8 +116,9 @@ class Accounts:
         """Bytes that all rows and their next step hold, and the same for the oldest row alone.
 
         `on_board` by arrival. The budget is not cut below the second, and below the first only in need.
+        What the cache holds is no part of either: it goes first.
         """
-        floor = self.ledger.held - self.ledger.balance(Account.POOL)
+        floor = self.ledger.held - self.ledger.balance(Account.POOL) - self.ledger.balance(Account.CACHED)
         least = floor - sum(self.rows[s.id].size for s in on_board[1:])
         if not self.ledger.balance(Account.TRANSIENT):
             least += transient.decode([s.capacity for s in on_board[:1]])

@@ -233,11 +233,11 @@ def _entry(
         return None
     headroom = sum(_growth_step(s, facts) for s in on_board) if sequence.preemptions else 0
     capacity = sequence.first_capacity
-    lacking = _entry_bytes(sequence, capacity, facts) + headroom - free
+    lacking = entry_bytes(sequence, capacity, facts) + headroom - free
     if lacking > 0 and not on_board:
         # Alone it may start with less room for its answer: what was accepted must be able to run.
         capacity = min(capacity, sequence.least_capacity)
-        lacking = _entry_bytes(sequence, capacity, facts) - free
+        lacking = entry_bytes(sequence, capacity, facts) - free
     if lacking <= 0:
         return Admit(sequence, capacity)
     if lacking <= room.pool + room.evictable:
@@ -246,7 +246,7 @@ def _entry(
     return GiveUp(sequence) if never else None
 
 
-def _entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
+def entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
     """A row, and the costliest step it will ask for at the floor: what could not end is not begun."""
     length = len(sequence.tokens)
     floor = min(CHUNK_FLOOR, length)

@@ -9,7 +9,7 @@ import mlx.core as mx
 
 from penstock import wire
 from penstock.engine.accounts import Accounts
-from penstock.engine.scheduler import Facts
+from penstock.engine.scheduler import Facts, entry_bytes
 from penstock.engine.sequence import Sequence
 
 EVERY = 0.5
@@ -35,6 +35,11 @@ class Reporter:
         self._last = now
         on_board = sorted((s for s in sequences if s.row is not None), key=lambda s: s.arrival)
         floor, least = self.accounts.floors(on_board, facts.transient)
+        if sequences and not on_board:
+            # With nobody on board the first that waits counts: it was accepted, and must be able to run.
+            first = min(sequences, key=lambda s: s.arrival)
+            entry = entry_bytes(first, first.least_capacity, facts)
+            floor, least = floor + entry, least + entry
         ledger = self.accounts.ledger
         return wire.Status(
             accounts=ledger.statement(),

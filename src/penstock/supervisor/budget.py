@@ -83,11 +83,11 @@ class Governor:
                 reachable = footprint + reading.available - KEEP_AVAILABLE
                 if reachable < target:
                     target, why = reachable, "memory available on this machine"
-        target = max(target, min(floor, self.limit.size))
         elapsed, self._at = max(0.0, now - self._at), now
         if target > self.budget:
             step = self.limit.size * RISE_SHARE * elapsed / RISE_SECONDS
             target = min(target, self.budget + max(1, int(step)))
+        target = max(target, min(floor, self.limit.size))
         if target != self.budget:
             self.decided_by = why
         self.budget = target
