@@ -3,6 +3,7 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 ARGS ?=
+WORKERS ?= 2
 
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
 PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
@@ -13,7 +14,7 @@ serve: venv
 	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
 
 test: venv
-	@$(PRELOAD) $(PY) -m pytest $(ARGS)
+	@$(PRELOAD) $(PY) -m pytest --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 test-clients: venv
 	@$(PRELOAD) $(PY) -m pytest -m clients $(ARGS)

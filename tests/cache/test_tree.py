@@ -86,6 +86,9 @@ class TreeMachine(RuleBasedStateMachine):
         for held in (*self.out, *self.rows, *self.adopted):
             if held is not without:
                 whole = (*held.before, *held.ids)
+                if held in self.adopted and self.tree.max_entries is not None:
+                    # A cap on entries takes a leaf's ids; a buffer that others need for the rest stays.
+                    whole = whole[: held.cover.length]  # type: ignore[union-attr]
                 holds |= {(held.space, whole[:n]) for n in range(len(held.before) + 1, len(whole) + 1)}
         return {(s, p) for s, p in holds if all((s, p[:n]) in holds for n in range(1, len(p)))}
 
