@@ -111,6 +111,7 @@ def test_a_job_closed_while_it_waits_never_reaches_an_engine():
 def test_many_long_prompts_are_held_back_without_loss(monkeypatch):
     held_back = []
     resume = FrontChannel.resume_writing
+    monkeypatch.setattr("penstock.supervisor.channel.OUTGOING_BOUND", 1 << 16)
     monkeypatch.setattr(FrontChannel, "resume_writing", lambda self: held_back.append(1) or resume(self))
 
     async def main(backend):
@@ -203,6 +204,24 @@ def test_two_deaths_while_loading_are_got_over():
         assert backend.snapshot()["engine_deaths"] == 2
 
     play(main, {"faults": [{"epoch": epoch, "at": "load", "do": "SIGKILL"} for epoch in (1, 2)]})
+
+
+def test_a_reload_that_fails_again_and_again_is_got_over():
+    async def main(backend):
+        await backend.wait_ready()
+        waiting = backend.open(job([1] * 50))
+        with pytest.raises(PenstockError, match="3 times in a row while loading") as caught:
+            await hear(waiting)
+        assert caught.value.kind is Kind.ENGINE_DIED
+        await until(lambda: backend.state == "ready")
+        assert (await hear(backend.open(job([4, 5])))).ids == {0: [4, 5]}
+        assert backend.snapshot()["engine_deaths"] == 6
+
+    faults = [{"epoch": epoch, "at": "load", "do": "exit:7"} for epoch in range(2, 7)]
+    play(
+        main,
+        {"token_seconds": 0.01, "faults": [{"epoch": 1, "at": "step", "n": 3, "do": "SIGKILL"}, *faults]},
+    )
 
 
 def test_a_halt_is_not_tried_again():

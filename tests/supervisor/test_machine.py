@@ -88,6 +88,22 @@ def test_three_deaths_in_a_row_while_loading_halt_with_the_reason():
     assert life.tick(1e9) == []
 
 
+def test_a_model_that_has_served_is_loaded_again_however_often_that_fails():
+    life = ready_life()
+    life.died(0.0, "killed")
+    waits, failed = [], []
+    for _ in range(12):
+        *lost, wait = life.died(100.0, "no memory")
+        failed.append([type(action) for action in lost] == [FailOpen])
+        assert life.state is State.RESTARTING
+        waits.append(wait.at - 100.0)
+        assert life.tick(wait.at) == [Spawn()]
+    assert failed == [False, False] + [True] * 10, "nobody waits for more than three"
+    assert waits[-1] == POLICY.longest_backoff
+    life.ready()
+    assert (life.state, life.reason) == (State.READY, None)
+
+
 def died_and_ready(life, **how):
     for action in life.died(0.0, "why", **how):
         if isinstance(action, WaitUntil):

@@ -80,6 +80,8 @@ class Policy:
     """Times in seconds."""
 
     loading_deaths: int = 3
+    """In a row: a model that never came up is given up; one that has served is loaded again and again, but
+    nobody waits for it longer than that."""
     idle_deaths: int = 3
     """In a row, of engines that were ready and had begun nothing."""
     stuck_deaths: int = 8
@@ -107,6 +109,7 @@ class EngineLife:
         self._idle_deaths = 0
         self._stuck_deaths = 0
         self._loading_deaths = 0
+        self._has_served = False
         self._due: float | None = None
 
     @property
@@ -121,7 +124,7 @@ class EngineLife:
         if self.state not in (State.LOADING, State.RESTARTING):
             return []
         self.state, self.reason = State.READY, None
-        self._loading_deaths = 0
+        self._loading_deaths, self._has_served = 0, True
         return [SubmitOpen()]
 
     def progressed(self) -> None:
@@ -163,9 +166,12 @@ class EngineLife:
         self._loading_deaths += loading
         self._idle_deaths += by_itself and not loading
         self._stuck_deaths += at_work
+        lost: list[Action] = []
         if self._loading_deaths >= self.policy.loading_deaths:
-            times = self._loading_deaths
-            return self._give_up(f"the engine died {times} times in a row while loading, at last {why}")
+            told = f"the engine died {self._loading_deaths} times in a row while loading, at last {why}"
+            if not self._has_served:
+                return self._give_up(told)
+            lost.append(FailOpen(Kind.ENGINE_DIED, f"The model cannot be served now: {told}"))
         if self._idle_deaths >= self.policy.idle_deaths or self._stuck_deaths >= self.policy.stuck_deaths:
             times = max(self._idle_deaths, self._stuck_deaths)
             return self._give_up(f"the engine died {times} times in a row without progress, at last {why}")
@@ -173,7 +179,7 @@ class EngineLife:
         delay = self.policy.backoff * 2.0 ** min(self._fruitless - 2, 30) if self._fruitless > 1 else 0.0
         self._due = now + min(delay, self.policy.longest_backoff)
         self._patience = self._due + self.policy.memory_wait
-        return [WaitUntil(self._due)] if delay else self.tick(now, room)
+        return [*lost, WaitUntil(self._due)] if delay else [*lost, *self.tick(now, room)]
 
     def halt(self, why: str) -> list[Action]:
         """The engine says that a restart would not mend it."""
