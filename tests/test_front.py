@@ -71,7 +71,7 @@ def test_the_first_signal_admits_nothing_more_and_the_second_ends_at_once(
 def test_an_engine_that_nobody_needs_ends_and_the_next_request_waits_for_it(
     model: Path, tmp_path: Path
 ) -> None:
-    with ScriptedServer(model, tmp_path, "--idle-unload", "0.01", keepalive=0.05) as server:
+    with ScriptedServer(model, tmp_path, "--idle-unload", "0.01", keepalive=0.01) as server:
         engine = get(server, "/health")[2]["engine"]["pid"]
         server.until(lambda: not get(server, "/v1/status")[2]["engine"])
         assert not alive(engine)
