@@ -200,6 +200,15 @@ def test_counting_tokens_asks_nothing_of_the_engine(server: Server, client: anth
     assert counted.input_tokens == len(server.backend.runs[-1].job.prompt)
 
 
+def test_tools_that_may_not_be_used_are_neither_rendered_nor_counted(server: Server) -> None:
+    server.backend.script = say("ok")
+    body = {"messages": USER, "tools": TOOLS, "tool_choice": {"type": "none"}}
+    counted = post(server, "/v1/messages/count_tokens", **body).json()["input_tokens"]
+    assert post(server, **body).is_success
+    assert "tools]" not in prompt(server)
+    assert counted == len(server.backend.runs[-1].job.prompt)
+
+
 def test_the_key_may_come_in_anthropics_header() -> None:
     with serving(say("ok"), options=Options(api_key="secret")) as server, server.client() as client:
         body = {"messages": USER}

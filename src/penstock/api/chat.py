@@ -38,7 +38,7 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
-    tools = None if request.tool_choice == "none" else function_tools(raw, request)
+    tools = function_tools(raw, request)
     encoding = partial(_encode, text, raw["messages"], tools, request)
     ids, in_reasoning, edges, turn = await asyncio.get_running_loop().run_in_executor(service.pool, encoding)
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
@@ -58,7 +58,9 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
 
 
 def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, Any]] | None:
-    """The function tools as the client wrote them; other types are left out, as clients expect."""
+    """The function tools as the client wrote them; other types are left out, as clients expect, or all."""
+    if request.tool_choice == "none":
+        return None
     kept = []
     for at, (tool, written) in enumerate(zip(request.tools or [], raw.get("tools") or [], strict=True)):
         if tool.type in (None, "function"):

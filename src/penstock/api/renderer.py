@@ -113,9 +113,9 @@ class OpenAIRenderer(Renderer):
             data += self.chunk(piece.index, self.nothing, reason=encode(piece.finish_reason))
         return data
 
+    @abstractmethod
     def delta(self, index: int, delta: Delta) -> bytes:
         """The chunk of a delta that is not empty."""
-        raise NotImplementedError
 
     def chunk(self, index: int, said: bytes, logprobs: bytes = b"null", reason: bytes = b"null") -> bytes:
         """A chunk of one choice."""
@@ -140,10 +140,10 @@ class OpenAIRenderer(Renderer):
             choices.append({"index": index, **self.said(said), "logprobs": logprobs, "finish_reason": reason})
         return {**self._fields, "object": self.whole_object, "choices": choices, "usage": usage}
 
+    @abstractmethod
     def said(self, answer: Delta) -> dict[str, Any]:
         """What a choice of a whole answer says."""
-        raise NotImplementedError
 
+    @abstractmethod
     def logprobs(self, index: int, entries: Sequence[TokenLogprob]) -> dict[str, Any] | None:
         """The next log-probabilities of a choice, if any, in the API's shape."""
-        raise NotImplementedError

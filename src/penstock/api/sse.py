@@ -1,7 +1,7 @@
 """Answers a generation over HTTP: as an event stream, or whole.
 
-A `Renderer` makes the bytes; here are the order of events, the silence timer and the
-errors after the headers. Invariant: a stream ends with [DONE], with an error event, or with its client.
+A `Renderer` makes the bytes; here are the order of events, the silence timer and the errors after the
+headers. Invariant: a stream ends with its API's last word, with an error event, or with its client.
 """
 
 from __future__ import annotations
