@@ -116,6 +116,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "quantization": {"group_size": 64, "bits": 8},
     },
 }
+SHAPES["qwen3-4b-long"] = {**SHAPES["qwen3-4b"], "max_position_embeddings": 131072}
 
 
 def write_tokenizer(directory: Path) -> None:

@@ -1,8 +1,9 @@
 """`python -m bench.report1390`: the report's traffic against both servers under one hard limit.
 
-Both servers are started as the reporter did: a model, no memory option. RLIMIT_DATA, set from outside,
-holds for every process of the tree: who passes it gets no memory from the system, which in MLX's CPU back end
-is a segmentation fault. Prints requests, losses, peak and wall time of each, and how its process ended.
+Both servers are started as the reporter did: a model, no memory option. The limit comes from outside. On CPUs
+it is RLIMIT_DATA, which holds for every process of the tree: who passes it gets no memory from the system, in
+MLX a segmentation fault. On a CUDA device (--gpu) another process holds the rest of the device's memory.
+Prints requests, losses, peak and wall time of each, and how its process ended.
 """
 
 from __future__ import annotations
@@ -12,7 +13,12 @@ import json
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +27,7 @@ from penstock.traffic.client import Player
 from penstock.traffic.profiles import Event, issue1390
 from penstock.traffic.report import summary, table
 
+MORE = ("unfinished", "books", "engine_deaths", "counts")
 SYSTEMS = ("mlx_lm.server", "penstock")
 
 
@@ -29,28 +36,82 @@ def patient(events: list[Event]) -> list[Event]:
     return [Event(e.session, e.turn, e.pause, e.shared, e.block, e.new, e.answer) for e in events]
 
 
-def measure(
-    system: str, model: Path, events: list[Event], limit: int, log: Path
-) -> tuple[dict[str, Any], str]:
-    """One run of one system: its figures, and how it was at the end."""
-    with procs.Server(system, model, log, data_limit=limit) as server:
-        server.wait_ready()
-        player = Player(f"http://127.0.0.1:{server.port}/v1", "default_model")
-        began = time.monotonic()
-        records = player.play(events)
-        seconds = time.monotonic() - began
-        code = server.process.poll()
-        end = "alive" if code is None else f"ended with {code}"
-        if system == "penstock" and code is None:
-            end += f", {health(server.port)['engine_deaths']} engine deaths"
-        return summary(records, seconds, max(s.resident for s in server.samples)), end
+@contextmanager
+def device_limit(gigabytes: float) -> Iterator[str]:
+    """Leaves that much of the CUDA device to others; yields what the driver says is left."""
+    command = [sys.executable, "-m", "bench.ballast", str(gigabytes)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdin is not None
+        assert holder.stdout is not None
+        if not (said := holder.stdout.readline().strip()):
+            raise RuntimeError("the device's memory could not be taken")
+        yield said
+        holder.stdin.close()
 
 
-def health(port: int) -> dict[str, Any]:
-    import urllib.request
+@dataclass
+class Books:
+    """What penstock says of itself while it is measured: the most it held, against the budget then."""
 
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10) as answer:
-        return dict(json.load(answer))
+    port: int
+    over: threading.Event = field(default_factory=threading.Event)
+    held: int = 0
+    share: float = 0.0
+    last: dict[str, Any] = field(default_factory=dict)
+
+    def watch(self) -> None:
+        """Look about twice a second until `over`."""
+        while not self.over.wait(0.5):
+            with suppress(OSError, ValueError):
+                self.look()
+
+    def look(self) -> None:
+        """One look."""
+        url = f"http://127.0.0.1:{self.port}/v1/status"
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            self.last = json.load(answer)
+        if memory := self.last.get("memory"):
+            held = memory["active"] + memory["pooled"]
+            self.held = max(self.held, held)
+            self.share = max(self.share, held / memory["budget"])
+
+
+@dataclass
+class Run:
+    """How one system is measured."""
+
+    events: list[Event]
+    rlimit: int | None
+    gpu: bool
+    seconds: float
+    """After that what has not been answered is left; its requests count as unfinished."""
+
+    def measure(self, system: str, model: Path, log: Path) -> dict[str, Any]:
+        """One run of one system: its figures, and how it was at the end."""
+        with procs.Server(system, model, log, gpu=self.gpu, data_limit=self.rlimit) as server:
+            server.wait_ready(600.0)
+            books = Books(server.port)
+            if system == "penstock":
+                threading.Thread(target=books.watch, daemon=True).start()
+            player = Player(f"http://127.0.0.1:{server.port}/v1", "default_model")
+            player.fit_words()
+            playing = threading.Thread(target=player.play, args=(self.events,), daemon=True)
+            began = time.monotonic()
+            playing.start()
+            playing.join(self.seconds)
+            seconds = time.monotonic() - began
+            done = {(r.session, r.turn) for r in player.records}
+            code = server.process.poll()
+            books.over.set()
+            peak = max(s.device if self.gpu else s.resident for s in server.samples)
+            found = summary(list(player.records), seconds, peak)
+            found["unfinished"] = len({(e.session, e.turn) for e in self.events} - done)
+            found["end"] = "alive" if code is None else f"ended with {code}"
+            if system == "penstock" and code is None:
+                found["books"] = {"held_at_most": books.held, "share_of_budget_at_most": books.share}
+                found["engine_deaths"] = books.last.get("engine_deaths")
+                found["counts"] = (books.last.get("memory") or {}).get("counts")
+            return found
 
 
 def main() -> int:
@@ -62,22 +123,34 @@ def main() -> int:
     parser.add_argument("--hang-up", action="store_true", help="clients leave and come back, as reported")
     parser.add_argument("--systems", type=lambda text: text.split(","), default=SYSTEMS)
     parser.add_argument("--out", type=Path, help="JSON; the servers' logs beside it")
+    parser.add_argument("--turns", type=int, help="of each session at most")
+    parser.add_argument("--gpu", type=float, metavar="GB", help="on a CUDA device with that much left free")
+    parser.add_argument("--shape", default="report", help="of the model (%(default)s)")
+    parser.add_argument("--dtype", default="float32", help="of its weights (%(default)s)")
+    parser.add_argument("--model-dir", type=Path, help="where the model is, or will be")
+    parser.add_argument("--seconds", type=float, default=3600.0, help="for each system (%(default)s)")
     args = parser.parse_args()
     events = issue1390(args.seed, args.scale, args.sessions)
     events = events if args.hang_up else patient(events)
-    found = {}
+    events = [event for event in events if args.turns is None or event.turn < args.turns]
+    run = Run(events, None if args.gpu else int(args.limit * 1e9), args.gpu is not None, args.seconds)
+    found: dict[str, Any] = {"limit_gb": args.gpu or args.limit, "scale": args.scale}
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
-        model = Path(scratch) / "report"
-        writer = [sys.executable, "-m", "bench.models", "report", str(model)]
-        subprocess.run(writer, check=True, env=procs.environment(gpu=False))
+        model = args.model_dir or Path(scratch) / "model"
+        writer = [sys.executable, "-m", "bench.models", args.shape, str(model), "--dtype", args.dtype]
+        subprocess.run(writer, check=True, env=procs.environment(gpu=run.gpu))
         for system in args.systems:
             name = f"{system}.log"
             log = args.out.with_name(f"{args.out.stem}-{name}") if args.out else Path(scratch) / name
-            figures, end = measure(system, model, events, int(args.limit * 1e9), log)
-            found[system] = {**figures, "end": end}
-            print(f"{system}: {end}\n{table(figures)}\n", flush=True)
-    if args.out:
-        args.out.write_text(json.dumps({"limit_gb": args.limit, "scale": args.scale, **found}, indent=1))
+            with device_limit(args.gpu) if run.gpu else nullcontext("") as left:
+                if left:
+                    print(left, flush=True)
+                figures = run.measure(system, model, log)
+            found[system] = figures
+            more = {name: figures[name] for name in figures if name in MORE}
+            print(f"{system}: {figures['end']}\n{table(figures)}\n{json.dumps(more)}\n", flush=True)
+            if args.out:
+                args.out.write_text(json.dumps(found, indent=1))
     return 0
 
 

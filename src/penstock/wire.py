@@ -245,6 +245,8 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     decided_by: str = ""
     """What decided the last chunk's length."""
     seconds_per_prefill_id: float | None = None
+    device_free: int | None = None
+    """CUDA: what the device has left for anybody; None where the system's own memory is the device's."""
 
 
 ToEngine = Start | Budget | Submit | End | Release | Shutdown

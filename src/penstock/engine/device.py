@@ -29,6 +29,11 @@ def facts() -> wire.Device:
     return wire.Device(backend(), name(), None if limit is None else int(limit), used)
 
 
+def free() -> int | None:
+    """Bytes that a device with memory of its own has left for anybody (CUDA); None elsewhere."""
+    return int(mx.device_info()["free_memory"]) if backend() == "cuda" else None
+
+
 def backend() -> str:
     """metal, cuda or cpu."""
     if mx.metal.is_available():

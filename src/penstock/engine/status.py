@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 import mlx.core as mx
 
 from penstock import wire
+from penstock.engine import device
 from penstock.engine.accounts import Accounts
 from penstock.engine.scheduler import Facts, entry_bytes
 from penstock.engine.sequence import Sequence
@@ -53,4 +54,5 @@ class Reporter:
             counts=dict(counts),
             decided_by=self.decided_by,
             seconds_per_prefill_id=facts.seconds_per_prefill_id,
+            device_free=device.free(),
         )

@@ -10,7 +10,7 @@ import os
 
 from penstock import wire
 from penstock.log import repeated
-from penstock.memory.probe import Pressure, Probe
+from penstock.memory.probe import Machine, Pressure, Probe, Reading
 from penstock.sizes import gigabytes
 from penstock.supervisor.budget import Governor, ceiling
 from penstock.supervisor.notches import Notches
@@ -41,6 +41,8 @@ class Warden:
     def device(self, device: wire.Device, now: float) -> wire.Budget:
         """The first budget of a new engine: its ceiling, or less after deaths that looked like memory."""
         machine = self.probe.machine()
+        if device.backend == "cuda":
+            machine = Machine(device=machine.device)  # the host's limits do not hold for the device's memory
         limit = ceiling(machine, device=machine.device or device.limit, asked=self.asked, used=device.used)
         self.governor = Governor(limit, now)
         self._failed = 0
@@ -55,6 +57,8 @@ class Warden:
         if self.governor is None or status is None:
             return None
         reading = self.probe.read(pid)
+        if status.device_free is not None:
+            reading = Reading(status.device_free, footprint=status.active + status.pooled)
         floor = status.least if reading.pressure is Pressure.CRITICAL else status.floor
         failed = status.counts.get(OUT_OF_MEMORY, 0)
         if failed > self._failed:
