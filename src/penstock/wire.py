@@ -247,6 +247,8 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     seconds_per_prefill_id: float | None = None
     device_free: int | None = None
     """CUDA: what the device has left for anybody; None where the system's own memory is the device's."""
+    device_held: int = 0
+    """CUDA: what this process has of the device, with what its driver keeps of freed buffers."""
 
 
 ToEngine = Start | Budget | Submit | End | Release | Shutdown

@@ -9,6 +9,7 @@ import pytest
 from tests.support import tiny_models
 from tests.support.engine_loop import EngineLoop
 
+from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.memory.costs import Costs
 from penstock.memory.ledger import Account
@@ -79,3 +80,15 @@ def test_costs_are_what_rows_hold() -> None:
     with tiny_models.exact_sizes():
         assert costs.row(500) - costs.fixed <= runner.row_bytes(row) <= costs.row(500)
     runner.close(row)
+
+
+def test_a_step_may_run_ahead_as_far_as_its_lease_and_what_comes_between_as_far_as_the_budget() -> None:
+    told: list[int] = []
+    accounts = Accounts(1000, 100, Costs(1, 1, 0, 0, 1), set_throttle=told.append)
+    accounts.set_budget(900)
+    lease = accounts.begin(50)
+    assert told == [900, accounts.ledger.held]
+    accounts.launched()
+    accounts.ledger.release(lease)
+    accounts.set_budget(40)  # below what lasts no operation would run beside another
+    assert told[2:] == [900, accounts.ledger.held]

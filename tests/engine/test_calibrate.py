@@ -7,17 +7,18 @@ import os
 import random
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import mlx.core as mx
 import pytest
-from msgspec.structs import replace
+from msgspec import structs
 from tests.support import scaled_models
 
 from penstock.engine import calibrate, profile
 from penstock.engine.batch import Runner
 from penstock.engine.calibrate import COSTLY, USUAL, Sample
-from penstock.memory.predict import Scalars, Transient, with_margin
+from penstock.memory.predict import Curve, Line, Scalars, Transient, with_margin
 from penstock.wire import Sampling
 
 QUICK = ("qwen3_5",)
@@ -64,16 +65,12 @@ def test_a_constant_or_a_flat_predictor_fails_that_test() -> None:
     constant = Transient(Scalars(most, 0, 0), Scalars(0, 0, 0))
     assert statistics.median(peak / constant.prefill(c, k) for c, k, peak in peaks) < 0.75
     real = calibrated(runner).chunk
-    no_context = Transient(replace_curve(real, per_score=0.0, hidden=0.0), Scalars(0, 0, 0))
+    assert isinstance(real, Curve)
+    no_context = Transient(replace(real, lines=()), Scalars(0, 0, 0))
     assert any(peak > no_context.prefill(c, k) for c, k, peak in peaks)
-    half = Transient(replace_curve(real, per_score=real.per_score / 2), Scalars(0, 0, 0))  # type: ignore[attr-defined]
+    halves = tuple(Line(line.length, line.start / 2, line.per_key / 2) for line in real.lines)
+    half = Transient(replace(real, lines=halves), Scalars(0, 0, 0))
     assert any(peak > half.prefill(c, k) for c, k, peak in peaks)
-
-
-def replace_curve(curve: object, **changes: float) -> object:
-    from dataclasses import replace as replace_fields
-
-    return replace_fields(curve, **changes)  # type: ignore[type-var]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -113,7 +110,7 @@ def test_no_request_draws_with_more_than_what_was_measured(
     asked = Sampling(**changes, **penalties)  # type: ignore[arg-type]
     held = with_margin(max(bench.draw(COSTLY if asked.xtc_probability else USUAL) for _ in range(3)))
     assert bench.draw(asked) <= held
-    assert bench.draw(replace(asked, temperature=0.0)) <= held
+    assert bench.draw(structs.replace(asked, temperature=0.0)) <= held
 
 
 def test_it_is_quick_and_shows_signs_of_life() -> None:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from penstock.memory.predict import MARGIN, Correction, Sample, Scalars, Transient, fit
+from penstock.memory.predict import MARGIN, Correction, Curve, Sample, Scalars, Transient, fit, fit_curve
 
 GRID = [((256, 0),), ((1024, 0),), ((256, 8192),), ((1024, 8192),), ((1, 100),) * 4]
 
@@ -49,6 +49,63 @@ def test_the_longest_chunk_fits_and_the_next_does_not(room: int, context: int) -
     longest = transient.longest_chunk(room, context, 2048)
     assert longest == 0 or transient.prefill(longest, context) <= room
     assert longest == 2048 or transient.prefill(longest + 1, context) > room
+
+
+MB = 10**6
+LENGTHS = (16, 64, 256, 512)
+NEAR, FAR_AWAY = 8_192, 16_384
+
+
+def curve_of(truth, per_score: float = 0.0, lengths=LENGTHS) -> Curve:
+    """Fitted as calibration does: each length without context, and after two contexts."""
+    alone = [Sample(((c, 0),), int(truth(c, 0))) for c in lengths]
+    return fit_curve(
+        alone, [Sample(((c, k),), int(truth(c, k))) for c in lengths for k in (NEAR, FAR_AWAY)], per_score
+    )
+
+
+@pytest.mark.parametrize(
+    "truth",
+    [
+        lambda c, k: 0.4 * MB * c,  # a fused kernel: the context costs nothing
+        lambda c, k: 0.1 * MB * c + 64 * c * (k + c),  # scores
+        lambda c, k: 0.1 * MB * c + 4096 * (k + c) + 8 * c * (k + c),  # keys are expanded, and scores
+        lambda c, k: 0.4 * MB * c + (12_300 * k if c < 32 else 0),  # short chunks' kernel copies the keys
+    ],
+)
+def test_what_was_not_measured_is_covered_and_not_by_far(truth) -> None:
+    curve = curve_of(truth)
+    for c, k in [(16, 60_000), (40, 3_000), (200, 30_000), (512, 60_000), (1024, 60_000), (2048, 200_000)]:
+        assert truth(c, k) <= 1.15 * curve.peak([(c, k)]) + 1
+    if truth(512, 10**6) == truth(512, 0) and truth(16, 10**6) == truth(16, 0):
+        assert curve.peak([(512, 10**6)]) == truth(512, 0)
+
+
+def test_scores_that_other_layers_hid_are_expected_where_no_fused_kernel_runs() -> None:
+    """Off Metal the recurrent layers of Qwen3.5 hide its scores up to about 62,000 ids."""
+
+    def truth(c: int, k: int) -> float:
+        return max(2 * MB * c, 32 * c * (k + c))
+
+    assert truth(256, 100_000) > 1.5 * curve_of(truth).peak([(256, 100_000)])
+    curve = curve_of(truth, per_score=32.0)
+    for c, k in [(16, 1_000), (256, 60_000), (256, 100_000), (512, 250_000)]:
+        assert truth(c, k) <= curve.peak([(c, k)]) <= 1.01 * truth(c, k)
+
+
+def test_what_a_short_chunks_kernel_copies_is_not_multiplied_by_a_long_chunks_length() -> None:
+    """Seen on CUDA: 12 KB a key at 16 ids became 12 GB for 256 ids after 60,000, and forbade half of them."""
+    curve = curve_of(lambda c, k: 0.45 * MB * c + (12_300 * k if c < 32 else 0))
+    assert curve.peak([(256, 60_000)]) < 1.1 * 12_300 * 60_256
+    assert curve.peak([(2048, 1_000)]) < 2048 * 0.5 * MB
+
+
+@given(st.integers(1, 4096), st.integers(1, 4096), st.integers(0, 200_000), st.integers(0, 200_000))
+def test_longer_chunks_and_contexts_never_cost_less(c: int, d: int, j: int, k: int) -> None:
+    curve = curve_of(lambda c, k: 0.2 * MB * c + (9_000 * k if c < 32 else 24 * c * k))
+    short, long = sorted((c, d))
+    near, far = sorted((j, k))
+    assert curve.peak([(short, near)]) <= curve.peak([(long, near)]) <= curve.peak([(long, far)])
 
 
 def test_the_correction_rises_at_once_and_decays() -> None:

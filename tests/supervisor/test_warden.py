@@ -12,9 +12,9 @@ SMALL_HOST = Machine(physical=32 * GiB, cgroup=30 * GiB, rlimit=20 * GiB)
 CUDA = wire.Device("cuda", "H200", 136 * GiB, 1 * GiB)
 
 
-def books(active: int, device_free: int | None) -> wire.Status:
-    empty = wire.Status({}, 0, 0, 0, active, 0, 0, 0, {})
-    return msgspec.structs.replace(empty, device_free=device_free)
+def books(held: int, device_free: int | None) -> wire.Status:
+    empty = wire.Status({}, 0, 0, 0, 0, 0, 0, 0, {})
+    return msgspec.structs.replace(empty, device_free=device_free, device_held=held)
 
 
 def test_a_host_smaller_than_its_device_does_not_limit_it():
@@ -32,9 +32,9 @@ def test_the_budget_follows_what_the_device_has_left_and_not_the_host():
     host = Reading(available=1 * GiB, pressure=Pressure.CRITICAL, footprint=2 * GiB)
     warden = Warden(Pretended(SMALL_HOST, host))
     first = warden.device(CUDA, 0.0)
-    assert warden.look(1, books(active=40 * GiB, device_free=96 * GiB), 1.0) is None
+    assert warden.look(1, books(held=40 * GiB, device_free=96 * GiB), 1.0) is None
     # Another program takes most of the device: what is left, and what we hold, is what there is.
-    cut = warden.look(1, books(active=40 * GiB, device_free=10 * GiB), 2.0)
+    cut = warden.look(1, books(held=40 * GiB, device_free=10 * GiB), 2.0)
     assert cut is not None
     assert cut.size == int(49.5 * GiB) < first.size
     assert cut.decided_by == "memory available on this machine"
@@ -44,6 +44,6 @@ def test_without_a_device_of_its_own_the_host_decides():
     host = Reading(available=1 * GiB, footprint=2 * GiB)
     warden = Warden(Pretended(Machine(physical=32 * GiB), host))
     warden.device(wire.Device("cpu", "x", None, 0), 0.0)
-    cut = warden.look(1, books(active=2 * GiB, device_free=None), 1.0)
+    cut = warden.look(1, books(held=2 * GiB, device_free=None), 1.0)
     assert cut is not None
     assert cut.size == int(2.5 * GiB)

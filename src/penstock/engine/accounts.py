@@ -53,8 +53,7 @@ class Accounts:
         budget = min(budget, self.ceiling)
         self.departures += budget > self.ledger.budget
         self.ledger.budget = budget
-        # Below what lasts, every operation would wait for the one before it.
-        self.set_throttle(max(budget, self.ledger.held))
+        self.launched()
 
     @property
     def lasting(self) -> int:
@@ -88,8 +87,18 @@ class Accounts:
         self.ledger.correct(self._states, orphans * self.costs.states, 0)
 
     def begin(self, transient: int) -> Lease:
-        """The lease of a step's transient, to be released when the step was read."""
-        return self._take(Account.TRANSIENT, transient)
+        """The lease of a step's transient, to be released when the step was read.
+
+        Until `launched` work that would hold more than what is under lease waits for what runs before it.
+        """
+        lease = self._take(Account.TRANSIENT, transient)
+        self.set_throttle(self.ledger.held)
+        return lease
+
+    def launched(self) -> None:
+        """The step is on its way; what comes between steps may run ahead up to the budget."""
+        # Below what lasts, every operation would wait for the one before it.
+        self.set_throttle(max(self.ledger.budget, self.ledger.held))
 
     def audit(self, rows: Mapping[int, int], cached: Iterable[Lease], active: int) -> list[Finding]:
         """Compare with what the rows hold, by sequence id, and with all that the allocator has handed out."""

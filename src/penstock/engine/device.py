@@ -5,6 +5,8 @@ Facts only; what follows from them is the budget's. Asking starts MLX.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import tempfile
@@ -15,6 +17,8 @@ from penstock import wire
 from penstock.engine import lean
 from penstock.memory.probe import system_probe
 
+RESERVED_MEM_CURRENT = 5
+"""CU_MEMPOOL_ATTR_RESERVED_MEM_CURRENT of the CUDA driver's API."""
 WARM_UP = 768
 """Side of a matrix product that OpenBLAS spreads over threads, each with buffers of 128 MB that it keeps."""
 
@@ -32,6 +36,16 @@ def facts() -> wire.Device:
 def free() -> int | None:
     """Bytes that a device with memory of its own has left for anybody (CUDA); None elsewhere."""
     return int(mx.device_info()["free_memory"]) if backend() == "cuda" else None
+
+
+def held() -> int:
+    """Bytes of such a device that this process has: at least MLX's count, its driver may keep more."""
+    pool, kept = ctypes.c_void_p(), ctypes.c_uint64(0)
+    with contextlib.suppress(OSError):
+        driver = ctypes.CDLL("libcuda.so.1")
+        if driver.cuDeviceGetDefaultMemPool(ctypes.byref(pool), 0) == 0:
+            driver.cuMemPoolGetAttribute(pool, RESERVED_MEM_CURRENT, ctypes.byref(kept))
+    return max(kept.value, int(mx.get_active_memory() + mx.get_cache_memory()))
 
 
 def backend() -> str:

@@ -300,6 +300,8 @@ class Loop:
         except BaseException:
             self.accounts.ledger.release(lease)
             raise
+        finally:
+            self.accounts.launched()
         orphans = max(0, orphans - self.runner.orphans)
         lasting = self.accounts.lasting
         return InFlight(plan.decode, draws, plan.chunk, arrays, lease, began, lasting, orphans)

@@ -23,6 +23,7 @@ from penstock.engine.batch import Runner
 from penstock.engine.loop import Loop
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
+from penstock.memory import estimate
 from penstock.memory.costs import Costs, Fit
 from penstock.memory.predict import Transient
 from penstock.page import Page, Phase
@@ -147,11 +148,19 @@ def _transient(
         room=room,
         context_length=loaded.facts.context_length,
         longest=options.prefill_step_size,
+        per_score=_per_score(loaded),
         beat=page.beat,
     )
     constants = max(0, int(mx.get_active_memory()) - loaded.facts.weights_bytes)
     profile.save(key, measured := replace(measured, constants=constants))
     return measured
+
+
+def _per_score(loaded: loader.Loaded) -> float:
+    """What attention must be expected to hold of a (query, key) pair, in bytes; 0 with a fused kernel."""
+    backend = device.backend()
+    shape = estimate.Shape.of(loaded.config, loaded.facts.vocab_size, 4 if backend == "cpu" else 2)
+    return estimate.per_score(shape, backend)
 
 
 def _ready(

@@ -54,5 +54,6 @@ class Reporter:
             counts=dict(counts),
             decided_by=self.decided_by,
             seconds_per_prefill_id=facts.seconds_per_prefill_id,
-            device_free=device.free(),
+            device_free=(left := device.free()),
+            device_held=0 if left is None else device.held(),
         )

@@ -106,12 +106,20 @@ def transient(shape: Shape, backend: str) -> Transient:
         work = 12 * (inner + shape.state_heads * 2 * RULE_CHUNK)
         recurrent = ACTIVATIONS * both * shape.item + 4 * work
     per_id = max(attention, recurrent if shape.state_heads else 0.0)
+    step = Scalars(0.0, 1.25 * per_id + DRAW * 4 * shape.vocab, 1.25 * _pair(shape, backend))
+    return Transient(Scalars(0.0, per_id, per_score(shape, backend)), step)
+
+
+def per_score(shape: Shape, backend: str) -> float:
+    """Bytes that a prefill chunk holds of each (query, key) pair; 0 where a fused kernel runs."""
+    if not shape.heads or shape.head_dim in FUSED[backend]:
+        return 0.0
+    return _pair(shape, backend) + 1 + shape.expanded * shape.item / CHUNK_FLOOR
+
+
+def _pair(shape: Shape, backend: str) -> float:
     copies = 3 if shape.sinks else 2 if shape.expanded else 1
-    pair = SCORES[backend] * copies * shape.heads * shape.item
-    fused = not shape.heads or shape.head_dim in FUSED[backend]
-    scores = 0.0 if fused else pair + 1 + shape.expanded * shape.item / CHUNK_FLOOR
-    step = Scalars(0.0, 1.25 * per_id + DRAW * 4 * shape.vocab, 1.25 * pair)
-    return Transient(Scalars(0.0, per_id, scores), step)
+    return SCORES[backend] * copies * shape.heads * shape.item
 
 
 def figures(

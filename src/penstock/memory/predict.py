@@ -2,14 +2,14 @@
 
 The transient peak of a prefill chunk of c ids on top of k computed ones is a `Curve`:
 
-    alone(c) + max(0, per_key · k + c · (per_score · k - hidden))
+    max(alone(c), deep(c, k))
 
 `alone` is a table of measured peaks without context (activations, experts, chunked gated-delta states: no
 formula fits them all). What grows with the context is attention: the scores of one layer where no fused
-kernel runs (query heads × item size for a (query, key) pair), and keys that are expanded (`per_key`). Layers
-run one after the other, so scores show only once they exceed the other layers' peak: `hidden` is by how much.
-A decode step of rows with lengths k1…kB is `Scalars`: base + per_id · B + per_score · (k1 + … + kB); it has
-logits and draws, and other kernels.
+kernel runs, keys that are copied or expanded. Which of them differs with the chunk's length, so each length
+that was measured has a `Line` over the keys, c + k; layers run one after the other, so it shows only where it
+exceeds the other layers' peak. A decode step of rows with lengths k1…kB is `Scalars`: base + per_id · B +
+per_score · (k1 + … + kB); it has logits and draws, and other kernels.
 
 Fits are raised until no measured step exceeds its prediction. `Correction` follows what is measured later: it
 rises at once and falls by decay, never a lasting maximum; it shapes chunks and margins, never admission.
@@ -53,34 +53,49 @@ class Scalars:
 
 
 @dataclass(frozen=True, slots=True)
+class Line:
+    """Peak in bytes of a chunk of `length` ids that attends to k keys, its own too: start + per_key · k."""
+
+    length: int
+    start: float
+    per_key: float
+
+
+@dataclass(frozen=True, slots=True)
 class Curve:
     """What was fitted for prefill chunks, in bytes: see the head of this module."""
 
     lengths: tuple[int, ...]
     """Chunk lengths that were measured without context, rising."""
     peaks: tuple[float, ...]
-    per_key: float = 0.0
-    per_score: float = 0.0
-    hidden: float = 0.0
-    """Below zero where windows fill up: then it is paid from the first context id on."""
+    lines: tuple[Line, ...] = ()
+    """Of the lengths that were measured with context, rising."""
 
     def peak(self, chunks: Sequence[tuple[int, int]]) -> int:
         """Predicted peak of (chunk, ids computed before) one after the other, without margin."""
-        return math.ceil(max(self.alone(c) + max(0.0, self.beyond(c, k)) for c, k in chunks))
+        return math.ceil(max(max(self.alone(c), self.deep(c, k)) for c, k in chunks))
 
     def alone(self, length: int) -> float:
         """Peak of a chunk without context."""
-        lengths, peaks = self.lengths, self.peaks
-        if length <= lengths[0]:
-            return peaks[0]
-        for (a, low), (b, high) in pairwise(zip(lengths, peaks, strict=True)):
-            if length <= b:
-                return low + (high - low) * (length - a) / (b - a)
-        return self._beyond_the_table(length)
+        if length > self.lengths[-1]:
+            return self._beyond_the_table(length)
+        return _between(self.lengths, self.peaks, length)
 
-    def beyond(self, length: int, context: int) -> float:
-        """What the context adds to a chunk's peak, below zero where other layers hide it."""
-        return self.per_key * context + length * (self.per_score * context - self.hidden)
+    def deep(self, length: int, context: int) -> float:
+        """Peak of what depends on the context: never below a shorter chunk's, whatever kernel that has."""
+        if not self.lines:
+            return 0.0
+        lengths = tuple(line.length for line in self.lines)
+        peaks: list[float] = []
+        for line in self.lines:
+            peaks.append(max(line.start + line.per_key * (context + length), peaks[-1] if peaks else 0.0))
+        if length <= lengths[-1]:
+            return _between(lengths, peaks, length)
+        # Beyond the longest that was measured: keys that are expanded cost the same for any chunk, scores do
+        # not. Where both were seen the last two lengths tell them apart; else all of it is taken for scores.
+        if len(lengths) > 1 and all(line.start > 0 for line in self.lines[-2:]):
+            return peaks[-1] + (peaks[-1] - peaks[-2]) / (lengths[-1] - lengths[-2]) * (length - lengths[-1])
+        return peaks[-1] * length / lengths[-1]
 
     def _beyond_the_table(self, length: int) -> float:
         """The parabola through the last three points if it bends upwards (scores of the chunk itself)."""
@@ -88,7 +103,18 @@ class Curve:
         x, y, z = (0.0, 0.0, *self.peaks)[-3:]
         slope = (z - y) / (c - b)
         bend = (slope - (y - x) / (b - a)) / (c - a) if b > a else 0.0
-        return z + (length - c) * (slope + max(bend, self.per_score) * (length - b))
+        score = self.lines[-1].per_key / self.lines[-1].length if self.lines else 0.0
+        return z + (length - c) * (slope + max(bend, score) * (length - b))
+
+
+def _between(lengths: Sequence[int], peaks: Sequence[float], length: int) -> float:
+    """The straight line between the two nearest of `lengths`; the first and last value outside of them."""
+    if length <= lengths[0]:
+        return peaks[0]
+    for (a, low), (b, high) in pairwise(zip(lengths, peaks, strict=True)):
+        if length <= b:
+            return low + (high - low) * (length - a) / (b - a)
+    return peaks[-1]
 
 
 class Shape(Protocol):
@@ -164,11 +190,12 @@ def fit(samples: Sequence[Sample]) -> Scalars:
     return Scalars(base, per_id, per_score)
 
 
-def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample]) -> Curve:
+def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample], per_score: float = 0.0) -> Curve:
     """The curve through chunks without context, and through those with: two contexts for each length.
 
     No sample exceeds its prediction. `deep` may be empty: no layer's work depends on the context.
-    Raises ValueError without `alone`.
+    `per_score`: bytes of a (query, key) pair that attention must be expected to hold where other layers hid
+    it in all that was measured. Raises ValueError without `alone`.
     """
     if not alone:
         raise ValueError("nothing was measured")
@@ -181,39 +208,23 @@ def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample]) -> Curve:
     for sample in deep:
         length, context = sample.chunks[0]
         by_length.setdefault(length, []).append((context, sample.peak))
-    if not by_length:
-        return curve
-    measured = {sample.chunks[0][0]: sample.peak for sample in alone}
-    seen = {c: _slope(measured.get(c, curve.alone(c)), sorted(points)) for c, points in by_length.items()}
-    per_key, per_score = _by_key_and_score(
-        {c: slope for c, (slope, _) in seen.items()}, all(sure for _, sure in seen.values())
-    )
-    hidden = min(
-        (curve.alone(c) + (per_key + per_score * c) * k - peak) / c
-        for c, points in by_length.items()
-        for k, peak in points
-    )
-    return Curve(curve.lengths, curve.peaks, per_key, per_score, hidden)
+    lines = [_line(c, curve.alone(c), sorted(points), per_score) for c, points in sorted(by_length.items())]
+    return Curve(curve.lengths, curve.peaks, tuple(lines))
 
 
-def _slope(alone: float, points: Sequence[tuple[int, int]]) -> tuple[float, bool]:
-    """Bytes that each further id of context adds, from (context, peak) twice, and whether that is sure."""
-    (near, low), (far, high) = points[-2:]
-    if low > 1.05 * alone or (high <= 1.05 * alone and far >= FAR):
-        return max(0.0, (high - low) / (far - near)), True
-    # The scores are still hidden at `near`, or all the way. They can't exceed the whole peak.
-    return high / far, False
-
-
-def _by_key_and_score(slopes: dict[int, float], sure: bool) -> tuple[float, float]:
-    """Slopes by chunk length, as per_key + per_score · length; the worst per length where unsure."""
-    steepest = max(slope / length for length, slope in slopes.items())
-    (short, gentle), (long, steep) = min(slopes.items()), max(slopes.items())
-    if not sure or long == short or steep <= gentle:
-        return 0.0, steepest  # another kernel may run for long chunks: the worse counts for all
-    per_score = (steep - gentle) / (long - short)
-    per_key = gentle - per_score * short
-    return (per_key, per_score) if per_key >= 0 else (0.0, steepest)
+def _line(length: int, alone: float, points: Sequence[tuple[int, int]], per_score: float) -> Line:
+    """What keys add to a chunk whose peak without context is `alone`, from (context, peak) twice."""
+    (near, low), (far, high) = ((context + length, peak) for context, peak in points[-2:])
+    shows = 1.05 * alone
+    flat = high <= shows and far >= FAR
+    if low > shows or (flat and not per_score):
+        slope = max(0.0, (high - low) / (far - near))
+        start = high - slope * far if slope else max(low, high)
+        if start >= 0:
+            return Line(length, start, slope)
+    # Scores are hidden at `near`, or all the way. They can't exceed the whole peak.
+    most = high / far
+    return Line(length, 0.0, min(most, per_score * length) if flat else most)
 
 
 def _dot(features: Sequence[float], scalars: Sequence[float]) -> float:

@@ -58,7 +58,7 @@ class Warden:
             return None
         reading = self.probe.read(pid)
         if status.device_free is not None:
-            reading = Reading(status.device_free, footprint=status.active + status.pooled)
+            reading = Reading(status.device_free, footprint=status.device_held)
         floor = status.least if reading.pressure is Pressure.CRITICAL else status.floor
         failed = status.counts.get(OUT_OF_MEMORY, 0)
         if failed > self._failed:
