@@ -27,8 +27,6 @@ MARGIN = 1.15
 """What the ledger holds above the fitted peak: run-ahead differs from run to run, and kernels by length."""
 SLACK = 256 << 10
 """Bytes above that, for what small buffers are rounded up to."""
-FAR = 8_192
-"""A context this long shows whether attention keeps scores; where none were seen, there are none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,7 @@ def _line(length: int, alone: float, points: Sequence[tuple[int, int]], per_scor
     """What keys add to a chunk whose peak without context is `alone`, from (context, peak) twice."""
     (near, low), (far, high) = ((context + length, peak) for context, peak in points[-2:])
     shows = 1.05 * alone
-    flat = high <= shows and far >= FAR
+    flat = high <= shows
     if low > shows or (flat and not per_score):
         slope = max(0.0, (high - low) / (far - near))
         start = high - slope * far if slope else max(low, high)

@@ -275,7 +275,10 @@ class HangLimits:
     floor: float = 30.0
     slack: float = 10.0
     """Times the predicted duration of the sub-step."""
-    loading: float = 120.0
+    loading: float = 300.0
+    """CUDA compiles kernels at a model's first start: 125 seconds were seen without a sign of life."""
+    first: float = 120.0
+    """For the first step of a new shape, which may compile, too."""
     interval: float = 1.0
     kill_grace: float = 3.0
     """From SIGABRT, which dumps the stacks, to SIGKILL."""
@@ -310,6 +313,8 @@ class Watch:
         return still if still > self._limit(view) else None
 
     def _limit(self, view: View) -> float:
-        if view.phase in (Phase.LOADING, Phase.PROBE, Phase.FIRST_OF_SHAPE):
+        if view.phase in (Phase.LOADING, Phase.PROBE):
             return self._limits.loading
+        if view.phase is Phase.FIRST_OF_SHAPE:
+            return self._limits.first
         return max(self._limits.floor, self._limits.slack * view.predicted)
