@@ -235,6 +235,15 @@ def test_effort_reaches_templates_that_know_it(server: Server) -> None:
 
 
 IMAGE = {"type": "input_image", "image_url": "data:,"}
+FILE = {"type": "input_file", "file_data": "data:,"}
+
+
+def test_an_image_that_a_tool_returns_does_not_end_the_session(server: Server) -> None:
+    server.backend.script = say("ok")
+    call = {"type": "function_call", "call_id": "1", "name": "view", "arguments": "{}"}
+    result = {"type": "function_call_output", "call_id": "1", "output": [IMAGE]}
+    assert post(server, input=[{"role": "user", "content": "look"}, call, result]).is_success
+    assert "<|im_start|>tool\n[an image, which this model cannot see]<|im_end|>" in prompt(server)
 
 
 @pytest.mark.parametrize(
@@ -248,10 +257,10 @@ IMAGE = {"type": "input_image", "image_url": "data:,"}
         ({"include": ["message.output_text.logprobs"]}, "include", "log-prob"),
         ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]", "by reference"),
         ({"input": [{"role": "user", "content": [IMAGE]}]}, "input[0].content[0].type", "input_image"),
-        ({"input": [{"type": "function_call_output", "output": [IMAGE]}]}, "input[0].output[0].type", "text"),
+        ({"input": [{"type": "function_call_output", "output": [FILE]}]}, "input[0].output[0].type", "text"),
         ({"input": [{"role": "user", "content": [{"type": "input_text"}]}]}, "input[0].content[0].text", ""),
         ({"input": [{"type": "function_call", "call_id": "c"}]}, "input[0].name", "required"),
-        ({"input": [{"content": "x"}]}, "input[0].type", "required"),
+        ({"input": [{"content": "x"}]}, "input[0].role", "required"),
         ({"input": [{"type": "message", "content": "x"}]}, "input[0].role", "required"),
         ({"input": [{"type": "web_search_call"}]}, "input", "nothing in it"),
         ({"input": []}, "input", ""),

@@ -59,9 +59,8 @@ class ResponsesRenderer(Renderer):
         begun = {"object": "response", "created_at": int(time.time()), "status": "in_progress", "output": []}
         fixed = {"store": False, "background": False, "truncation": "disabled"}
         fixed |= dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
-        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p}
-        about = {"id": f"resp_{id}", "model": model, **plan.echo.fields}
-        self._response: Json = {**begun, **fixed, **drawn, **about}
+        about = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p}
+        self._response: Json = {"id": f"resp_{id}", **begun, **fixed, **about, **plan.echo.fields}
         self._number = 0
         self._output: list[Json] = []
         self._open: str | None = None
@@ -122,14 +121,14 @@ class ResponsesRenderer(Renderer):
     def _say(self, kind: str, text: str) -> bytes:
         data = b"" if self._open == kind else self._begin(kind)
         self._said.append(text)
-        return data + self._event(f"response.{kind}.delta", **self._part_place(), delta=text, **_MORE[kind])
+        return data + self._of_item(f"{kind}.delta", content_index=0, delta=text, **_MORE[kind])
 
     def _begin(self, kind: str) -> bytes:
         prefix, item, _ = _BEGUN[kind]
         data = self._close("completed") + self._add(prefix, {**item, "content": []})
         self._open = kind
         self._said.clear()
-        return data + self._event("response.content_part.added", **self._part_place(), part=self._part())
+        return data + self._of_item("content_part.added", content_index=0, part=self._part())
 
     def _close(self, status: str) -> bytes:
         """Ends the item whose text is open, if one is."""
@@ -137,8 +136,8 @@ class ResponsesRenderer(Renderer):
             return b""
         kind, part, self._open = self._open, self._part(), None
         said = {"text": part["text"], **_MORE[kind]}
-        data = self._event(f"response.{kind}.done", **self._part_place(), **said)
-        data += self._event("response.content_part.done", **self._part_place(), part=part)
+        data = self._of_item(f"{kind}.done", content_index=0, **said)
+        data += self._of_item("content_part.done", content_index=0, part=part)
         ended = {"content": [part]}
         if kind == _REASONING and self._encrypted:
             ended["encrypted_content"] = PLAIN + part["text"]
@@ -150,10 +149,9 @@ class ResponsesRenderer(Renderer):
         if space:
             item["namespace"] = space
         data = self._close("completed") + self._add("fc", item)
-        kind, said = "response.function_call_arguments", {"arguments": call.arguments}
-        data += self._event(f"{kind}.delta", **self._place(), delta=call.arguments)
-        data += self._event(f"{kind}.done", **self._place(), name=name, **said)
-        return data + self._done("completed", said)
+        data += self._of_item("function_call_arguments.delta", delta=call.arguments)
+        data += self._of_item("function_call_arguments.done", name=name, arguments=call.arguments)
+        return data + self._done("completed", {"arguments": call.arguments})
 
     def _add(self, prefix: str, item: Json) -> bytes:
         at = len(self._output)
@@ -169,11 +167,9 @@ class ResponsesRenderer(Renderer):
         assert self._open is not None
         return {"type": self._open, "text": "".join(self._said), **_BEGUN[self._open][2]}
 
-    def _place(self) -> Json:
-        return {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
-
-    def _part_place(self) -> Json:
-        return {**self._place(), "content_index": 0}
+    def _of_item(self, kind: str, **fields: Any) -> bytes:
+        place = {"item_id": self._output[-1]["id"], "output_index": len(self._output) - 1}
+        return self._event(f"response.{kind}", **place, **fields)
 
     def _event(self, kind: str, **fields: Any) -> bytes:
         event = {"type": kind, "sequence_number": self._number, **fields}

@@ -2,7 +2,8 @@
 
 Invariant: the items of an answer, sent back, become the one assistant turn that they were, so that the next
 prompt begins with this one. Nothing is stored here: what refers to a stored response or item is refused by
-name, and so are parts that are not text. Items and tools of types that run elsewhere are left out.
+name, and so are parts that are not text, but for images in the results of tools. Items and tools of types
+that run elsewhere are left out.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ Json = dict[str, Any]
 PLAIN = "plain:"
 """Before reasoning that we hand out as `encrypted_content`, which is not: others' can't be read here."""
 _STATELESS = "nothing is stored here; send the whole conversation as input."
+UNSEEN = "[an image, which this model cannot see]"
+"""What a tool's result holds for an image: a refusal would be met again in every turn that follows."""
 _UNSUPPORTED = {
     "previous_response_id": _STATELESS,
     "conversation": _STATELESS,
@@ -159,9 +162,9 @@ def _messages(request: ResponsesRequest) -> list[Json]:
 
 def _add(messages: list[Json], item: Item, path: str) -> None:
     """Another item of the conversation: a turn of its own, or part of the assistant's last."""
-    kind = item.type or ("message" if item.role else None)
-    if kind is None or (kind == "message" and item.role is None):
-        raise invalid(f"{path}.{'type' if kind is None else 'role'}", "this field is required.")
+    kind = item.type or "message"
+    if kind == "message" and item.role is None:
+        raise invalid(f"{path}.role", "this field is required.")
     if kind == "item_reference":
         raise _unsupported(path, f"items by reference are not supported: {_STATELESS}")
     if kind == "message" and item.role == "assistant":
@@ -180,7 +183,7 @@ def _add(messages: list[Json], item: Item, path: str) -> None:
         call = {"id": item.call_id, "type": "function", "function": function}
         _turn(messages, may_join_message=True).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
-        result = _text(item.output, f"{path}.output")
+        result = _text(item.output, f"{path}.output", images=UNSEEN)
         messages.append({"role": "tool", "tool_call_id": item.call_id, "content": result})
 
 
@@ -201,18 +204,21 @@ def _thought(item: Item, path: str) -> str:
     return text or plain or _text(item.summary, f"{path}.summary")
 
 
-def _text(content: Content | None, path: str) -> str:
+def _text(content: Content | None, path: str, images: str | None = None) -> str:
+    """The parts' texts; `images` stands for each image, which is refused without."""
     if content is None or isinstance(content, str):
         return content or ""
     texts = []
     for at, part in enumerate(content):
-        if part.type not in _TEXTS:
+        text = part.text if part.refusal is None else part.refusal
+        if part.type == "input_image" and images is not None:
+            text = images
+        elif part.type not in _TEXTS:
             what = f"content of type {part.type[:40]!r} is not supported; this server reads text only."
             raise _unsupported(f"{path}[{at}].type", what)
-        text = part.refusal if part.type == "refusal" else part.text
-        if text is None:
+        elif text is None:
             raise invalid(f"{path}[{at}].text", "this field is required.")
-        texts.append(text)
+        texts.append(text or "")
     return "".join(texts)
 
 
