@@ -7,6 +7,7 @@ what the last event of the stream says.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from dataclasses import replace
 from typing import Any
@@ -38,8 +39,9 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def prepare(service: Service, raw: Json, request: ResponsesRequest) -> Plan:
     """Everything up to the ids. Raises PenstockError for what can be refused."""
+    convert, loop = responses_request.as_chat, asyncio.get_running_loop()
     try:
-        plan = await chat.prepare(service, *responses_request.as_chat(raw, request))
+        plan = await chat.prepare(service, *await loop.run_in_executor(service.pool, convert, raw, request))
     except PenstockError as error:
         for theirs, ours in (("messages", "input"), ("response_format", "text.format")):
             if error.param is not None and error.param.startswith(theirs):

@@ -82,10 +82,6 @@ class Reasoning(Struct):
     effort: str | None = None
 
 
-class TextOptions(Struct):
-    format: Json | None = None
-
-
 class ResponsesRequest(Asked, kw_only=True):
     """The body of /v1/responses."""
 
@@ -99,7 +95,7 @@ class ResponsesRequest(Asked, kw_only=True):
     tool_choice: str | Json | None = None
     parallel_tool_calls: bool | None = None
     reasoning: Reasoning | None = None
-    text: TextOptions | None = None
+    text: Json | None = None
     include: list[str] | None = None
     chat_template_kwargs: Json | None = None
 
@@ -150,14 +146,15 @@ def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
 
 
 def _messages(request: ResponsesRequest) -> list[Json]:
-    messages = [{"role": "system", "content": request.instructions}] if request.instructions else []
+    messages = [{"role": "system", "content": [request.instructions]}] if request.instructions else []
     given = request.input
     items = [Item(role="user", content=given)] if isinstance(given, str) else given
     for at, item in enumerate(items):
         _add(messages, item, f"input[{at}]")
     if not messages:
         raise invalid("input", "there is nothing in it that this server can read.")
-    return messages
+    texts = ("content", "reasoning_content")  # lists until now, so that joining is linear
+    return [turn | {key: "".join(turn[key]) for key in texts if key in turn} for turn in messages]
 
 
 def _add(messages: list[Json], item: Item, path: str) -> None:
@@ -168,14 +165,13 @@ def _add(messages: list[Json], item: Item, path: str) -> None:
     if kind == "item_reference":
         raise _unsupported(path, f"items by reference are not supported: {_STATELESS}")
     if kind == "message" and item.role == "assistant":
-        turn = _turn(messages, may_join_message=False)
-        turn["content"] = turn.get("content", "") + _text(item.content, f"{path}.content")
+        said = _turn(messages, may_join_message=False).setdefault("content", [])
+        said.append(_text(item.content, f"{path}.content"))
     elif kind == "message":
-        messages.append({"role": item.role, "content": _text(item.content, f"{path}.content")})
+        messages.append({"role": item.role, "content": [_text(item.content, f"{path}.content")]})
     elif kind == "reasoning":
         if thought := _thought(item, path):
-            turn = _turn(messages, may_join_message=False)
-            turn["reasoning_content"] = turn.get("reasoning_content", "") + thought
+            _turn(messages, may_join_message=False).setdefault("reasoning_content", []).append(thought)
     elif kind == "function_call":
         if item.name is None:
             raise invalid(f"{path}.name", "this field is required.")
@@ -184,7 +180,7 @@ def _add(messages: list[Json], item: Item, path: str) -> None:
         _turn(messages, may_join_message=True).setdefault("tool_calls", []).append(call)
     elif kind == "function_call_output":
         result = _text(item.output, f"{path}.output", images=UNSEEN)
-        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": result})
+        messages.append({"role": "tool", "tool_call_id": item.call_id, "content": [result]})
 
 
 def _turn(messages: list[Json], may_join_message: bool) -> Json:
@@ -254,9 +250,9 @@ def _choice(choice: str | Json | None) -> str | Json | None:
     return choice
 
 
-def _response_format(text: TextOptions | None) -> Json | None:
-    form = text.format if text else None
-    if form is None or form.get("type") != "json_schema":
+def _response_format(text: Json | None) -> Any:
+    form = (text or {}).get("format")
+    if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     return {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
 
