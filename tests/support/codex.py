@@ -13,6 +13,7 @@ _SYSTEM = {"linux": "unknown-linux-musl", "darwin": "apple-darwin"}.get(npm.SYST
 CONFIG = """\
 model = "local"
 model_provider = "penstock"
+model_context_window = 131072
 check_for_update_on_startup = false
 
 [model_providers.penstock]
