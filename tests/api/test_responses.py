@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 
 import httpx
 import openai
 import pytest
+from openai.types.responses import ResponseStreamEvent
+from pydantic import Discriminator, TypeAdapter
 from tests.support.fake_backend import Server, fail, say, serving, text_parts
 
 from penstock.api.service import Timing
@@ -73,12 +75,17 @@ def refused(server: Server, **body: Any) -> tuple[str, str]:
     return answer.json()["error"]["param"], answer.json()["error"]["message"]
 
 
+EVENT: TypeAdapter[Any] = TypeAdapter(Annotated[ResponseStreamEvent, Discriminator("type")])
+
+
 def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The events of a stream; each is what the package says that it is, and no more than that."""
     found = []
     for block in response.text.strip().split("\n\n"):
         kind, data = block.split("\n")
         found.append(json.loads(data.removeprefix("data: ")))
         assert kind == f"event: {found[-1]['type']}"
+        EVENT.validate_python(found[-1])
     return found
 
 
@@ -314,7 +321,7 @@ def test_a_stream_that_fails_says_so_to_agents_and_raises_in_the_package(
     assert raised.value.code == "engine_died"
     failed = got[-1]
     assert failed.type == "response.failed"
-    assert (failed.response.status, failed.response.error.code) == ("failed", "engine_died")
+    assert (failed.response.status, failed.response.error.code) == ("failed", "server_error")
     assert failed.response.output == []
     assert not [event for event in got if event.type == "response.output_item.done"]
     last = events(post(server, stream=True))[-1]

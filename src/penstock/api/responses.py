@@ -65,7 +65,7 @@ class ResponsesRenderer(Renderer):
         self._response: Json = {"id": f"resp_{id}", **begun, **fixed, **about, **plan.echo.fields}
         self._number = 0
         self._output: list[Json] = []
-        self._open: str | None = None
+        self._open = ""
         self._said: list[str] = []
         self._reason: str | None = None
 
@@ -97,13 +97,17 @@ class ResponsesRenderer(Renderer):
         return closed + self._event(f"response.{self._status()}", response=self.whole(usage))
 
     def failure(self, error: PenstockError) -> bytes:
-        """What agents act on, then what the SDKs raise. An open item stays so: what is done is kept."""
+        """What agents act on, with the codes they know, then what the SDKs raise, with ours.
+
+        An open item stays so: of a failed answer clients keep what is done.
+        """
         told = error.openai()["error"]
-        reason = {"code": told["code"], "message": told["message"]}
+        known = "server_error" if error.kind.value.status >= 500 else "invalid_prompt"
         done = [item for item in self._output if item["status"] == "completed"]
-        response = {**self._response, "status": "failed", "error": reason, "output": done}
-        failed = self._event("response.failed", response=response)
-        return failed + self._event("error", **reason, param=told["param"], error=told)
+        response = {**self._response, "status": "failed", "output": done}
+        response["error"] = {"code": known, "message": error.message}
+        said = {name: told[name] for name in ("code", "message", "param")}
+        return self._event("response.failed", response=response) + self._event("error", **said, error=told)
 
     def collect(self, piece: Piece) -> int:
         """The items as in a stream, whose events measure what they hold."""
@@ -134,9 +138,9 @@ class ResponsesRenderer(Renderer):
 
     def _close(self, status: str) -> bytes:
         """Ends the item whose text is open, if one is."""
-        if self._open is None:
+        if not self._open:
             return b""
-        kind, part, self._open = self._open, self._part(), None
+        kind, part, self._open = self._open, self._part(), ""
         said = {"text": part["text"], **_MORE[kind]}
         data = self._of_item(f"{kind}.done", content_index=0, **said)
         data += self._of_item("content_part.done", content_index=0, part=part)
@@ -166,7 +170,6 @@ class ResponsesRenderer(Renderer):
         return self._event("response.output_item.done", output_index=at, item=item)
 
     def _part(self) -> Json:
-        assert self._open is not None
         return {"type": self._open, "text": "".join(self._said), **_BEGUN[self._open][2]}
 
     def _of_item(self, kind: str, **fields: Any) -> bytes:
@@ -181,4 +184,5 @@ class ResponsesRenderer(Renderer):
 
 def _usage(usage: Json) -> Json:
     """Chat's usage under the names of this API."""
-    return {name.replace("prompt", "input").replace("completion", "output"): usage[name] for name in usage}
+    told = {name.replace("prompt", "input").replace("completion", "output"): usage[name] for name in usage}
+    return {**told, "input_tokens_details": {**told["input_tokens_details"], "cache_write_tokens": 0}}

@@ -194,8 +194,7 @@ def _turn(messages: list[Json], may_join_message: bool) -> Json:
 
 def _thought(item: Item, path: str) -> str:
     """A reasoning item's text, in the first form that holds any."""
-    hidden = item.encrypted_content or ""
-    plain = hidden.removeprefix(PLAIN) if hidden.startswith(PLAIN) else ""
+    plain = (item.encrypted_content or "").partition(PLAIN)[2]  # no cipher's letters hold that
     text = _text(item.content, f"{path}.content")
     return text or plain or _text(item.summary, f"{path}.summary")
 
