@@ -54,6 +54,7 @@ def test_whole_answer() -> None:
         "completion_tokens": 6,
         "total_tokens": prompt + 6,
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
 
 

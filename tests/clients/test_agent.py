@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.support import claude_code, opencode
+from tests.support import claude_code, codex, opencode
 from tests.support.serve_scripted import ScriptedServer
 
 PREFILL, KEEPALIVE = 330.0, 10.0
@@ -27,14 +27,15 @@ PREFILL, KEEPALIVE = 330.0, 10.0
     ],
 )
 @pytest.mark.parametrize(
-    ("agent", "tool", "argument"),
+    "agent",
     [
-        pytest.param(opencode, "read", "filePath", id="opencode"),
-        pytest.param(claude_code, "Read", "file_path", id="Claude Code"),
+        pytest.param(opencode, id="opencode"),
+        pytest.param(claude_code, id="Claude Code"),
+        pytest.param(codex, id="Codex"),
     ],
 )
 def test_it_reads_a_file_and_answers(
-    model_dir: Path, tmp_path: Path, agent: ModuleType, tool: str, argument: str, factor: float
+    model_dir: Path, tmp_path: Path, agent: ModuleType, factor: float
 ) -> None:
     program = agent.installed()
     if program is None:
@@ -43,8 +44,8 @@ def test_it_reads_a_file_and_answers(
     project.mkdir()
     secret = "heron-" + secrets.token_hex(4)
     (project / "note.txt").write_text(f"The bird in the picture is a {secret}.\n")
-    asked = f'"name": "{tool}"'
-    arguments = json.dumps({argument: str(project / "note.txt")})
+    asked = f'"name": "{agent.TOOL}"'
+    arguments = json.dumps(agent.arguments(project / "note.txt"))
     call = ["<tool_call>", f'\n{{{asked}, "arguments": {arguments}}}\n', "</tool_call>"]
     with ScriptedServer(model_dir, tmp_path, keepalive=KEEPALIVE / factor) as server:
         server.rules(

@@ -7,6 +7,12 @@ from pathlib import Path
 from tests.support import npm
 
 VERSION = "2.1.197"
+TOOL = "Read"
+
+
+def arguments(path: Path) -> dict[str, str]:
+    """Of the tool, to read a file."""
+    return {"file_path": str(path)}
 
 
 def installed() -> Path | None:

@@ -8,6 +8,12 @@ from pathlib import Path
 from tests.support import npm
 
 VERSION = "1.18.33"
+TOOL = "read"
+
+
+def arguments(path: Path) -> dict[str, str]:
+    """Of the tool, to read a file."""
+    return {"filePath": str(path)}
 
 
 def installed() -> Path | None:

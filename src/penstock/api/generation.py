@@ -34,6 +34,8 @@ class Plan:
     """Bytes of the request kept while it runs, besides ids (tool schemas)."""
     in_reasoning: bool = False
     """The answer begins inside a reasoning block."""
+    echo: Any = None
+    """What the API's renderer says of the request."""
 
 
 @dataclass(slots=True)
@@ -149,11 +151,13 @@ class Generation:
         """OpenAI's usage object; prompts count once, however many choices they have."""
         prompt = sum(len(job.prompt) for job in self.plan.jobs)
         generated = sum(choice.generated for choice in self.choices)
+        reasoned = sum(choice.assembler.reasoned for choice in self.choices)
         return {
             "prompt_tokens": prompt,
             "completion_tokens": generated,
             "total_tokens": prompt + generated,
             "prompt_tokens_details": {"cached_tokens": self.cached()},
+            "completion_tokens_details": {"reasoning_tokens": reasoned},
         }
 
     def cached(self) -> int:

@@ -8,6 +8,7 @@ import msgspec
 from msgspec import Struct
 
 from penstock.api.anthropic import CountRequest, MessagesRequest
+from penstock.api.responses_request import ResponsesRequest
 from penstock.api.schema import ChatRequest, CompletionRequest
 
 
@@ -35,8 +36,8 @@ def _operation(summary: str, body: dict[str, Any] | None, answer: str = "The ans
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document, generated from the structs above."""
-    bodies = [ChatRequest, CompletionRequest, MessagesRequest, CountRequest, ErrorBody]
-    (chat, completion, message, count, _), components = msgspec.json.schema_components(
+    bodies = [ChatRequest, CompletionRequest, MessagesRequest, CountRequest, ResponsesRequest, ErrorBody]
+    (chat, completion, message, count, response, _), components = msgspec.json.schema_components(
         bodies, ref_template="#/components/schemas/{name}"
     )
     reply = "JSON, or server-sent events with `stream`"
@@ -49,6 +50,7 @@ def openapi(version: str) -> dict[str, Any]:
             "/v1/completions": {"post": _operation("Text completion", completion, reply)},
             "/v1/messages": {"post": _operation("Anthropic's Messages", message, reply)},
             "/v1/messages/count_tokens": {"post": _operation("A prompt's length in tokens", count)},
+            "/v1/responses": {"post": _operation("OpenAI's Responses", response, reply)},
             "/v1/models": {"get": _operation("The models served", None)},
             "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
             "/v1/status": {"get": _operation("The engine's state and its memory by owner", None)},

@@ -77,6 +77,8 @@ class Assembler:
         """After a stop string: how many of the fed ids count, up to the one that completed it."""
         self.stop: str | None = None
         """That stop string."""
+        self.reasoned = 0
+        """How many of the fed ids left the answer inside reasoning."""
         self._tokenizer = tokenizer
         self._detokenizer = Detokenizer(tokenizer, continues=continues)
         self._tools = tools
@@ -125,6 +127,7 @@ class Assembler:
                 delta.logprobs.append(self._logprob(id, logprobs[position], top[position] if top else ()))
             if text:
                 self._past_stops(text)
+            self.reasoned += self._state == REASONING
         return delta
 
     def finish(self, reason: str) -> tuple[Delta, str]:
