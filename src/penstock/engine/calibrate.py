@@ -39,8 +39,8 @@ RUN_AHEAD, RUN_AHEAD_SHARE = 1 << 30, 1 / 32
 """How far a GPU's work may run ahead in a chunk: bytes, and share of the room. Unthrottled, the host launches
 all layers before the first has run, and every layer's activations are there at once: on an H200 a chunk then
 holds up to six times as much, and is 0 to 3 % faster."""
-PAGE = 16_384
-"""GPU allocators round every buffer up to this."""
+ROUNDING = 2 * 16_384
+"""By so many bytes a GPU's buffer may be larger than was asked for: whole pages, or a freed one taken again."""
 
 USUAL = Sampling(
     temperature=1.0,
@@ -66,7 +66,7 @@ def costs_of(runner: Runner) -> Costs:
     windows = [_full_window(leaf) for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
     states = sum(int(x.nbytes) for cache in row.states for x in cache.cache if x is not None)
     runner.close(row)
-    rounding = 0 if _on_cpu() else PAGE * buffers
+    rounding = 0 if _on_cpu() else ROUNDING * buffers
     # A window grows by concatenation until it is full: one of them may exist twice.
     fixed = sum(windows) + max(windows, default=0) + states + rounding
     return Costs(sum(kv), max(kv, default=0), fixed, states, buffers)

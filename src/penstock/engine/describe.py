@@ -58,7 +58,7 @@ def describe(question: Question) -> dict[str, Any]:
         facts = loader.measure(model, loader.read_configs(directory))
         costs = calibrate.costs_of(Runner(model))
     if question.backend != "cpu" and device.backend() == "cpu":
-        costs = replace(costs, fixed=costs.fixed + calibrate.PAGE * costs.buffers)
+        costs = replace(costs, fixed=costs.fixed + calibrate.ROUNDING * costs.buffers)
     weights = facts.weights_bytes if question.weights is None else question.weights
     measured = _measured(question, config, question.ceiling - weights) if question.here else None
     shape = estimate.Shape.of(config, facts.vocab_size, 4 if question.backend == "cpu" else 2)
