@@ -40,7 +40,7 @@ RUN_AHEAD, RUN_AHEAD_SHARE = 1 << 30, 1 / 32
 all layers before the first has run, and every layer's activations are there at once: on an H200 a chunk then
 holds up to six times as much, and is 0 to 3 % faster."""
 ROUNDING = 2 * 16_384
-"""By so many bytes a GPU's buffer may be larger than was asked for: whole pages, or a freed one taken again."""
+"""A GPU's buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
 
 USUAL = Sampling(
     temperature=1.0,
