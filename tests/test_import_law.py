@@ -23,6 +23,7 @@ WITHOUT_MLX_OR_ASYNCIO = (
     "cache.nodes",
     "cache.value",
     "cache.holdings",
+    "cache.summary",
     "engine.scheduler",
     "engine.sequence",
     "engine.draws",

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import dataclasses
 import io
+import json
 import logging
 import re
 import shlex
@@ -9,6 +11,7 @@ import sys
 import threading
 import warnings
 from collections.abc import Iterator
+from datetime import datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from itertools import pairwise
 from pathlib import Path
@@ -79,6 +82,30 @@ def test_probes_are_for_debugging_only(stream: io.StringIO) -> None:
     log.setup("DEBUG", stream)
     log.probe("GET", "/health", 200)
     assert untimed(stream.getvalue()) == ["GET /health: 200"]
+
+
+def test_as_json_each_line_is_an_object_with_the_figures_as_fields(terminal: io.StringIO) -> None:
+    log.setup("INFO", terminal, "json")
+    log.start_line("listening")
+    record = log.RequestRecord(id="3f2", prompt=1234, cached=34, why="evicted", generated=87, decode=1.5)
+    log.request_done(record)
+    log.request_cancelled("3f3", 12)
+    log.request_failed("3f4", "busy", "The server is busy, retry.")
+    for done in (100, 600):
+        log.logger.info("a bar", extra={"redrawn": True, "done": done})
+    try:
+        raise KeyError("k")
+    except KeyError as error:
+        log.bug("a test", error)
+    lines = [json.loads(line) for line in terminal.getvalue().splitlines()]
+    assert [line["message"].split()[0] for line in lines] == ["listening", "req", "req", "req", "a", "a", "a"]
+    assert [line["level"] for line in lines] == ["info"] * 3 + ["warning"] + ["info"] * 2 + ["error"]
+    assert lines[1]["request"] == dataclasses.asdict(record)
+    assert lines[1]["message"] == record.line()
+    assert lines[2]["request"] == {"id": "3f3", "generated": 12, "finish": "client gone"}
+    assert lines[3]["request"] == {"id": "3f4", "finish": "error", "kind": "busy"}
+    assert lines[6]["traceback"].endswith("KeyError: 'k'")
+    assert all(datetime.fromisoformat(line["time"]).tzinfo for line in lines)
 
 
 def test_libraries_say_nothing(stream: io.StringIO, capfd: pytest.CaptureFixture[str]) -> None:

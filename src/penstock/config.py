@@ -19,6 +19,7 @@ from penstock.sizes import parse_size, physical_memory
 
 PREFIX = "PENSTOCK_"
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+LOG_FORMATS = ("text", "json")
 
 
 class ConfigError(ValueError):
@@ -68,6 +69,12 @@ def _level(text: str) -> str:
     return text.upper()
 
 
+def _format(text: str) -> str:
+    if text.lower() not in LOG_FORMATS:
+        raise ValueError
+    return text.lower()
+
+
 def _object(text: str) -> dict[str, Any]:
     value = json.loads(text)
     if not isinstance(value, dict):
@@ -90,6 +97,7 @@ SIZE = Form("SIZE", "a size such as 8G, 512MB, 8GiB or 75% (of this machine's me
 MINUTES = Form("MINUTES", "a number of minutes from 0.01 up", _number(float, 0.01, 1e6))
 JSON = Form("JSON", "a JSON object", _object)
 LEVEL = Form("LEVEL", "one of " + ", ".join(LOG_LEVELS), _level)
+FORMAT = Form("FORMAT", "one of " + ", ".join(LOG_FORMATS), _format)
 
 MODEL, SERVER, SAMPLING, BATCH, MEMORY, LATER = "Model", "Server", "Sampling", "Batching", "Memory", "Not yet"
 
@@ -164,6 +172,12 @@ class Options:
         SERVER, _real(0), 30.0, "Seconds that running requests are given to end after SIGTERM or Ctrl-C."
     )
     log_level: str = _option(SERVER, LEVEL, "INFO", "How much is logged to stderr.")
+    log_format: str = _option(
+        SERVER,
+        FORMAT,
+        "text",
+        "Lines for people, or a JSON object a line, with a request's figures as fields.",
+    )
     temp: float | None = _option(
         SAMPLING,
         _real(0),

@@ -39,6 +39,8 @@ class Kind(Enum):
     UNSUPPORTED_FIELD = Row(400, "invalid_request_error", "unsupported_parameter")
     CONTEXT_LENGTH = Row(400, "invalid_request_error", "context_length_exceeded")
     TEMPLATE = Row(400, "invalid_request_error", "chat_template_error")
+    CANCELLED = Row(400, "request_cancelled", "request_cancelled")
+    """By the operator. No status of those that clients try again on."""
     UNAUTHORIZED = Row(401, "authentication_error", "invalid_api_key")
     FORBIDDEN_HOST = Row(403, "permission_error", "host_not_allowed")
     FORBIDDEN_ORIGIN = Row(403, "permission_error", "origin_not_allowed")

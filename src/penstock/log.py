@@ -14,8 +14,11 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import TextIO
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import Any, TextIO
+
+import msgspec
 
 from penstock.demo import BANNER
 from penstock.sizes import gigabytes
@@ -123,6 +126,20 @@ class _Form(logging.Formatter):
         return f"{self.formatTime(record, '%H:%M:%S')} {level}{text}"
 
 
+class _Json(logging.Formatter):
+    """A JSON object a line: when, how grave, whose, the words, and the fields of what they tell."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        told = {
+            "time": datetime.fromtimestamp(record.created, UTC),
+            "level": record.levelname.lower(),
+        }
+        told |= {"logger": record.name, "message": record.getMessage(), **getattr(record, "fields", {})}
+        if record.exc_info:
+            told["traceback"] = self.formatException(record.exc_info)
+        return msgspec.json.encode(told).decode()
+
+
 _pace = PrefillPace()
 _lock = threading.Lock()
 _clock: Callable[[], float] = time.monotonic
@@ -130,13 +147,17 @@ _waiting: dict[str, tuple[int, str]] = {}
 """Kinds of which a line was said within the last second: how many came since, and the last one's words."""
 
 
-def setup(level: str = "INFO", stream: TextIO | None = None) -> None:
-    """Say `level` and above on `stream` (stderr), and silence every library. Call before importing them."""
+def setup(level: str = "INFO", stream: TextIO | None = None, form: str = "text") -> None:
+    """Say `level` and above on `stream` (stderr), and silence every library. Call before importing them.
+
+    `form`: text or json.
+    """
     for name, value in _ADVICE_OFF.items():
         os.environ.setdefault(name, value)
     warnings.simplefilter("ignore")
     lines = _Lines(stream or sys.stderr)
-    lines.setFormatter(_Form())
+    lines.setFormatter(_Json() if form == "json" else _Form())
+    lines.redraws = lines.redraws and form != "json"
     logging.getLogger().handlers[:] = [logging.NullHandler()]
     for name, least in {logger.name: level, **dict.fromkeys(_OUR_BUGS, "ERROR")}.items():
         spoken = logging.getLogger(name)
@@ -152,19 +173,25 @@ def start_line(text: str) -> None:
 def request_done(record: RequestRecord) -> None:
     """The one line of a request that was answered to its end."""
     _pace.forget(record.id)
-    logger.info(record.line())
+    logger.info(record.line(), extra=_fields(asdict(record)))
 
 
 def request_cancelled(id: str, generated: int) -> None:
     """The one quiet line of a request whose client went away."""
     _pace.forget(id)
-    logger.info(f"req {id}: client gone after {generated:,} tokens")
+    told = _fields({"id": id, "generated": generated, "finish": "client gone"})
+    logger.info(f"req {id}: client gone after {generated:,} tokens", extra=told)
 
 
 def request_failed(id: str, label: str, message: str) -> None:
     """The one line of a request that ended in an error; `label` is the error kind's."""
     _pace.forget(id)
-    logger.warning(f"req {id}: {label}: {message}")
+    told = _fields({"id": id, "finish": "error", "kind": label})
+    logger.warning(f"req {id}: {label}: {message}", extra=told)
+
+
+def _fields(told: dict[str, Any]) -> dict[str, Any]:
+    return {"fields": {"request": told}}
 
 
 def progress(id: str, done: int, total: int) -> None:

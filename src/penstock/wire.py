@@ -224,6 +224,36 @@ class Step(msgspec.Struct, frozen=True, tag="step"):
     ended: list[Ended] = []
 
 
+class Prefix(msgspec.Struct, frozen=True):
+    """A node of the prompt cache's tree: `tokens` that follow position `start` of those above it."""
+
+    id: int
+    parent: int | None
+    """The nearest one above it that is told of."""
+    start: int
+    tokens: int
+    bytes: int
+    checkpoints: int
+    hits: int
+    age: int
+    """Requests since it was last used."""
+    borrowed: bool
+    """Running requests hold what is there of it, or some of it."""
+
+
+class Cached(msgspec.Struct, frozen=True):
+    """The prompt cache's books."""
+
+    tokens: int = 0
+    nodes: int = 0
+    entries: int = 0
+    checkpoints: int = 0
+    evicted: dict[str, int] = {}
+    """Bytes since the engine's start, by reason."""
+    tree: list[Prefix] = []
+    """The largest nodes, parents first."""
+
+
 class Status(msgspec.Struct, frozen=True, tag="status"):
     """The engine's books, at most twice a second. Bytes."""
 
@@ -249,6 +279,16 @@ class Status(msgspec.Struct, frozen=True, tag="status"):
     """CUDA: what the device has left for anybody; None where the system's own memory is the device's."""
     device_held: int = 0
     """CUDA: what this process has of the device, with what its driver keeps of freed buffers."""
+    rows: dict[int, int] = {}
+    """What each sequence on board holds."""
+    preempted: list[int] = []
+    """Those that gave up their memory and wait."""
+    transient: tuple[int, int] = (0, 0)
+    """Of the steps since the last report, the costliest: what was leased for it, and what it held."""
+    correction: float = 1.0
+    """How far measured transients exceed predicted ones at the moment."""
+    cache: Cached | None = None
+    """None: nothing new is told."""
 
 
 ToEngine = Start | Budget | Submit | End | Release | Shutdown

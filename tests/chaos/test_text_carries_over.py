@@ -98,4 +98,6 @@ def test_what_is_made_of_ids_is_the_same_over_deaths(server: ScriptedServer, nam
 
 
 def deaths(server: ScriptedServer) -> int:
-    return int(json.load(urllib.request.urlopen(server.url + "/v1/status", timeout=10))["engine_deaths"])
+    return int(
+        json.load(urllib.request.urlopen(server.url + "/v1/status", timeout=10))["counts"]["engine_deaths"]
+    )

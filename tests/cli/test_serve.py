@@ -35,7 +35,7 @@ def front(monkeypatch: pytest.MonkeyPatch) -> list[config.Options]:
     module.run = lambda options: served.append(options) or 0  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "penstock.front", module)
     monkeypatch.setattr(penstock, "front", module, raising=False)
-    monkeypatch.setattr("penstock.log.setup", lambda level: None)
+    monkeypatch.setattr("penstock.log.setup", lambda level, form: None)
     return served
 
 

@@ -33,7 +33,7 @@ def told(engine: EngineLoop) -> wire.Status:
     """What the engine would tell the front now."""
     loop = engine.loop
     loop.reporter._last = 0.0
-    status = loop.reporter.due(loop.sequences.values(), loop.facts, loop.counts)
+    status = loop.reporter.due(loop.sequences.values(), loop.facts)
     assert status is not None
     return status
 

@@ -64,7 +64,7 @@ def test_seeds_are_drawn_unless_given_and_each_choice_has_its_number():
         samplings = []
         for fields in ({}, {}, {"seed": 0}, {"sampling": {"seed": 9}}):
             opened = backend.open(job([1], n=2, **fields))
-            samplings += [[backend._journal.get(id).sampling for id in opened.ids]]
+            samplings += [[backend.journal.get(id).sampling for id in opened.ids]]
             opened.close()
         assert all([s.choice for s in pair] == [0, 1] for pair in samplings)
         assert all(pair[0].seed == pair[1].seed for pair in samplings)

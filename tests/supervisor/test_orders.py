@@ -75,7 +75,7 @@ async def play(order, epilogue):
     opened.put_finished = noted
 
     def row():
-        entry = backend._journal.get(id)
+        entry = backend.journal.get(id)
         at = len(entry.delivered) if entry is not None else 99
         engines[-1].says(wire.Step([wire.Row(id, [at])]))
 
@@ -101,7 +101,7 @@ async def play(order, epilogue):
                 engines[-1].says(wire.Step(ended=[wire.Ended(id, reason, 0)]))
         row()
     heard = await hear(opened)
-    assert len(backend._journal) <= (engines[-1].sent[-1:] == [wire.End(id, PROMPT + len(taken))])
+    assert len(backend.journal) <= (engines[-1].sent[-1:] == [wire.End(id, PROMPT + len(taken))])
     backend._watch_timer.cancel()
     for engine in engines:
         engine.page.close()

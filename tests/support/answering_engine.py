@@ -117,6 +117,8 @@ class Engine:
         first = begin + min(PREFILL_PART, seconds)
         self.rows[message.id] = Row(message, rule, len(ids), answer, first, begin + seconds, seconds, sent)
         self.note("submit", message.id, prompt=len(ids), rule=rule["when"], choice=message.sampling.choice)
+        if begin == now:
+            self.channel.send(wire.Step(started=[wire.Started(message.id, 0, "diverged at token 0")]))
 
     def end(self, message: wire.End) -> None:
         row = self.rows.pop(message.id, None)

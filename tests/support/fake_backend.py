@@ -28,7 +28,11 @@ from penstock.api.protocol import BoundedProtocol, Bounds
 from penstock.api.service import Service, Timing
 from penstock.config import Options
 from penstock.errors import Kind, PenstockError
+from penstock.memory.probe import system_probe
+from penstock.supervisor.journal import Journal
+from penstock.supervisor.observer import Observer
 from penstock.supervisor.ticket import Job, Ticket
+from penstock.supervisor.warden import Warden
 from penstock.text.formats import infer
 from penstock.text.parts import TextParts
 from penstock.text.template import ChatTemplate
@@ -155,6 +159,9 @@ class FakeBackend:
         self.ready: wire.Ready | None = READY
         self.state = "ready"
         self.reason: str | None = None
+        self.status: wire.Status | None = None
+        self.journal, self.warden, self.deaths = Journal(), Warden(system_probe()), 0
+        self.observer = Observer(self)  # type: ignore[arg-type]
         self.runs: list[Run] = []
         self._changed = asyncio.Event()
         self._tasks: set[asyncio.Task[None]] = set()
@@ -189,7 +196,16 @@ class FakeBackend:
         return run.ticket
 
     def snapshot(self) -> dict[str, Any]:
-        return {"state": self.state, "reason": self.reason}
+        return {
+            "state": self.state,
+            "reason": self.reason,
+            "stage": "",
+            "engine": None,
+            "given_back": {},
+        }
+
+    def clear_cache(self) -> bool:
+        return False
 
 
 class Server:

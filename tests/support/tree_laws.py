@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from penstock.cache.nodes import WIDTH, Node, below
+from penstock.cache.summary import summary
 from penstock.cache.tree import Tree
 
 
@@ -25,6 +26,19 @@ def check(tree: Tree) -> None:
         for node in claim.path():
             assert claim in node.covers or claim in node.pins
     assert 0 <= tree.evictable <= tree.bytes
+    check_summary(tree)
+
+
+def check_summary(tree: Tree) -> None:
+    whole = summary(tree, 0.0, most=1 << 30)
+    assert sum(node.tokens for node in whole.tree) == tree.tokens == whole.tokens
+    assert sum(node.bytes for node in whole.tree) == tree.bytes
+    assert sum(node.checkpoints for node in whole.tree) == whole.checkpoints
+    ends = {node.id: node.start + node.tokens for node in whole.tree}
+    assert all(node.start == (0 if node.parent is None else ends[node.parent]) for node in whole.tree)
+    told = summary(tree, 0.0, most=2)
+    assert (len(told.tree), told.nodes) == (min(2, whole.nodes), len(whole.tree))
+    assert all(node.parent is None or node.parent < node.id for node in told.tree)
 
 
 def check_node(tree: Tree, node: Node) -> None:

@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import chat, completions, messages, models, responses
+from penstock.api import chat, completions, messages, metrics, models, responses, status
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service
@@ -24,7 +24,7 @@ from penstock.errors import Kind, PenstockError
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
 MAX_HEADERS = 32_768
-QUIET = ("/health", "/v1/status", "/", "/v1/models", "/models")
+QUIET = ("/health", "/metrics", "/v1/status", "/v1/status/history", "/", "/v1/models", "/models")
 """Probes, logged at DEBUG only."""
 ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/v1/chat/completions": ("POST", chat.create),
@@ -36,7 +36,11 @@ ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/v1/models": ("GET", models.listed),
     "/models": ("GET", models.listed),
     "/v1/models/{id:path}": ("GET", models.one),
-    "/v1/status": ("GET", models.status),
+    "/v1/status": ("GET", status.shown),
+    "/v1/status/history": ("GET", status.history),
+    "/v1/requests/{id}/cancel": ("POST", status.cancel),
+    "/v1/cache/clear": ("POST", status.clear_cache),
+    "/metrics": ("GET", metrics.scraped),
     "/health": ("GET", models.health),
     "/openapi.json": ("GET", models.described),
     "/": ("GET", models.root),
@@ -75,12 +79,12 @@ def create_app(service: Service, options: Options) -> ASGIApp:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
         else:
-            await _serve(Exchange(scope, receive, send), gate, router)
+            await _serve(service, Exchange(scope, receive, send), gate, router)
 
     return app
 
 
-async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
+async def _serve(service: Service, exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
     try:
         if sum(len(name) + len(value) for name, value in exchange.scope["headers"]) > MAX_HEADERS:
             raise PenstockError(Kind.HEADERS_TOO_LARGE, f"Headers are limited to {MAX_HEADERS:,} bytes.")
@@ -97,6 +101,7 @@ async def _serve(exchange: Exchange, gate: Gate, router: ASGIApp) -> None:
         failure = known(error, exchange.id)
         if exchange.started:
             return  # headers are out: the connection's end is all that can be told
+        service.failed(failure)
         if failure.kind is not Kind.INTERNAL:
             where = f" ({failure.param})" if failure.param else ""
             log.repeated(failure.kind.label, f"refused a request: {failure.kind.label}{where}")

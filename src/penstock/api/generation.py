@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from penstock.api.service import Backend
+from penstock.errors import PenstockError
 from penstock.log import RequestRecord
 from penstock.supervisor.ticket import Event, Finished, Job, Progress, Ticket, Tokens
 from penstock.text.assembler import Assembler, Delta
@@ -146,6 +147,11 @@ class Generation:
             pump.cancel()
         for ticket in self.tickets:
             ticket.close()
+
+    def cancel(self, error: PenstockError) -> None:
+        """End whatever is still open; the client is told `error`."""
+        for ticket in self.tickets:
+            ticket.fail(error)
 
     def usage(self) -> dict[str, Any]:
         """OpenAI's usage object; prompts count once, however many choices they have."""

@@ -35,11 +35,6 @@ async def one(service: Service, exchange: Exchange) -> None:
     await exchange.respond_json(200, _model(service, name))
 
 
-async def status(service: Service, exchange: Exchange) -> None:
-    """GET /v1/status: what is known at the moment, whatever the engine does."""
-    await exchange.respond_json(200, {"model": service.model_name, **service.backend.snapshot()})
-
-
 async def health(service: Service, exchange: Exchange) -> None:
     """GET /health: 200 when the engine takes work at once, or has been unloaded until it comes."""
     backend = service.backend

@@ -41,7 +41,8 @@ def openapi(version: str) -> dict[str, Any]:
         bodies, ref_template="#/components/schemas/{name}"
     )
     reply = "JSON, or server-sent events with `stream`"
-    model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
+    since = {"name": "since", "in": "query", "schema": {"type": "number"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Penstock", "version": version},
@@ -52,8 +53,16 @@ def openapi(version: str) -> dict[str, Any]:
             "/v1/messages/count_tokens": {"post": _operation("A prompt's length in tokens", count)},
             "/v1/responses": {"post": _operation("OpenAI's Responses", response, reply)},
             "/v1/models": {"get": _operation("The models served", None)},
-            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
-            "/v1/status": {"get": _operation("The engine's state and its memory by owner", None)},
+            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [one]}},
+            "/v1/status": {"get": _operation("Memory by owner, requests, cache, events", None)},
+            "/v1/status/history": {
+                "get": _operation("A sample a second of the last ten minutes", None) | {"parameters": [since]}
+            },
+            "/v1/requests/{id}/cancel": {
+                "post": _operation("End a request; its client gets an error", None) | {"parameters": [one]}
+            },
+            "/v1/cache/clear": {"post": _operation("Drop all cached prefixes; requests go on", None)},
+            "/metrics": {"get": _operation("Prometheus' text format", None)},
             "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
         },
         "components": {"schemas": components},

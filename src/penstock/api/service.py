@@ -7,15 +7,22 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import Counter
 from collections.abc import Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from penstock import wire
 from penstock.api.admission import Admission
+from penstock.errors import PenstockError
+from penstock.supervisor.observer import Observer
 from penstock.supervisor.ticket import Job, Ticket
 from penstock.text.parts import TextParts
+
+if TYPE_CHECKING:
+    from penstock.api.exchange import Exchange
+    from penstock.api.generation import Generation
 
 
 class Backend(Protocol):
@@ -27,10 +34,13 @@ class Backend(Protocol):
     def reason(self) -> str | None: ...
 
     ready: wire.Ready | None
+    status: wire.Status | None
+    observer: Observer
 
     async def wait_ready(self) -> wire.Ready: ...
     def open(self, job: Job) -> Ticket: ...
     def snapshot(self) -> dict[str, Any]: ...
+    def clear_cache(self) -> bool: ...
 
 
 @dataclass(frozen=True)
@@ -56,6 +66,10 @@ class Service:
     strict_model_names: bool = False
     defaults: Mapping[str, float | None] = field(default_factory=dict)
     """Values of the command line, by request field; None where not set."""
+    requests: dict[str, tuple[Exchange, Generation]] = field(default_factory=dict)
+    """Those that are with the engine, by the ids of their exchanges."""
+    errors: Counter[str] = field(default_factory=Counter)
+    """Answers that were errors, by label."""
     _text: TextParts | None = None
     _text_set: asyncio.Event = field(default_factory=asyncio.Event)
 
@@ -63,6 +77,11 @@ class Service:
         """The model's files are read; requests that wait go on. On the event loop's thread."""
         self._text = text
         self._text_set.set()
+
+    def failed(self, error: PenstockError) -> None:
+        """A client is being told this."""
+        self.errors[error.kind.label] += 1
+        self.backend.observer.events.failed(error)
 
     @property
     def has_text(self) -> bool:

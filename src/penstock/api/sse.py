@@ -147,6 +147,7 @@ async def answer(
     service: Service, exchange: Exchange, run: Generation, renderer: Renderer, lease: Lease
 ) -> None:
     """Run a generation to its end and answer it; tickets are closed and the log told, whatever happens."""
+    service.requests[exchange.id] = exchange, run
     try:
         run.open()
         failure = None
@@ -157,6 +158,7 @@ async def answer(
         if failure is None:
             log.request_done(run.record(exchange.name))
         else:
+            service.failed(failure)
             log.request_failed(exchange.name, failure.kind.label, failure.message)
     except PenstockError as error:
         log.request_failed(exchange.name, error.kind.label, error.message)
@@ -165,4 +167,5 @@ async def answer(
         log.request_cancelled(exchange.name, sum(choice.generated for choice in run.choices))
         raise
     finally:
+        del service.requests[exchange.id]
         run.close()

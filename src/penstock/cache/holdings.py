@@ -22,7 +22,8 @@ Victim = tuple[Node, Checkpoint | Cover | None]
 """What may be evicted: a node's checkpoint, an adopted cover that ends in it, or (None) its last segment."""
 
 
-def _size(things: Iterable[Segment | Checkpoint | Cover]) -> int:
+def total(things: Iterable[Segment | Checkpoint | Cover]) -> int:
+    """Bytes."""
     return sum(thing.size for thing in things)
 
 
@@ -55,6 +56,10 @@ class Holdings:
         """Sequences kept: leaves that no live row is on."""
         return len(self._leaves.keys() - {cover.node for cover in self._covers if cover.live})
 
+    def nodes(self) -> list[Node]:
+        """All nodes of all namespaces, each after the one above it."""
+        return [node for root in self._roots.values() for node in below(root)]
+
     def evict(self, size: int, now: float) -> list[Any]:
         """Free `size` bytes, or all that may go: what is held twice first, then by worth."""
         freed: list[Any] = []
@@ -68,7 +73,7 @@ class Holdings:
         kept = {cover for node in nodes for cover in node.covers if is_read(cover)}
         states = {pin.checkpoint for pin in self._pins if pin.checkpoint is not None}
         held = sum(s.size for node in nodes for s in node.segments if s.start < node.pinned)
-        return self.bytes - held - _size(kept) - _size(states)
+        return self.bytes - held - total(kept) - total(states)
 
     def _shed(self, cover: Cover, goal: int, freed: list[Any]) -> None:
         for node in list(cover.path()):
@@ -104,8 +109,8 @@ class Holdings:
     def _victims(self) -> Iterator[Victim]:
         yield from ((leaf, None) for leaf in self._leaves)
         yield from ((cover.node, cover) for cover in self._covers)
-        for root in self._roots.values() if self.stateful else ():
-            yield from ((node, kept) for node in below(root) for kept in node.checkpoints.values())
+        for node in self.nodes() if self.stateful else ():
+            yield from ((node, kept) for kept in node.checkpoints.values())
 
     def _worth(self, victim: Victim, now: float) -> float | None:
         node, what = victim

@@ -91,7 +91,7 @@ class Loop:
         self.leaving: list[Sequence] = []
         self.correction = Correction()
         self.counts: Counter[str] = Counter()
-        self.reporter = Reporter(accounts)
+        self.reporter = Reporter(accounts, cache, self.counts)
         self.peak = 0
         self.runnable = False
         self.context_length = context_length
@@ -132,7 +132,7 @@ class Loop:
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
-        if status := self.reporter.due(self.sequences.values(), self.facts, self.counts):
+        if status := self.reporter.due(self.sequences.values(), self.facts):
             self.channel.send(status)
 
     def _read_first(self) -> bool:
@@ -190,7 +190,6 @@ class Loop:
             case ClearPool():
                 self.accounts.clear_pool()
             case Preempt(sequence):
-                log.info("preempting sequence %d at %d ids", sequence.id, sequence.computed)
                 self.cache.preempt(sequence)
                 sequence.preempt(self.accounts.departures)
             case GiveUp(sequence):
@@ -245,7 +244,7 @@ class Loop:
         if self.accounts.ledger.room < 0:
             self.accounts.clear_pool()
         if self.accounts.ledger.room < 0:
-            self.cache.evict(-self.accounts.ledger.room)
+            self.cache.evict(-self.accounts.ledger.room, "budget")
 
     def _submit(self, message: wire.Submit) -> None:
         sequence = Sequence(message, self.context_length)
@@ -335,7 +334,7 @@ class Loop:
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
         self.running.prefill(sequence, chunk.length, self.facts.seconds_per_prefill_id or 0.0)
-        self.reporter.decided_by = chunk.decided_by
+        self.reporter.chunk(chunk)
         start = sequence.launched
         ids = sequence.tokens[start : start + chunk.length]
         arrays = self.runner.prefill(sequence.row, ids)
@@ -372,6 +371,7 @@ class Loop:
         granted = self.accounts.ledger.balance(Account.TRANSIENT)
         measured = peak - max(step.lasting, self.accounts.lasting)
         self.correction.observe(granted, int(measured * MARGIN))
+        self.reporter.observed(granted, measured, self.correction.factor)
 
     def _read_draws(self, step: InFlight) -> None:
         assert step.draws is not None

@@ -10,14 +10,18 @@ Invariant: what is published was read cleanly and is never written again.
 from __future__ import annotations
 
 from array import array
+from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
 import mlx.core as mx
+from msgspec import structs
 
+from penstock import wire
 from penstock.cache import store
 from penstock.cache.checkpoints import positions
 from penstock.cache.nodes import Cover
+from penstock.cache.summary import summary
 from penstock.cache.tree import Cut, Tree
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
@@ -62,6 +66,7 @@ class PromptCache:
         self._covers: dict[int, Cover] = {}
         self._adopted: dict[Row, tuple[Cover, Lease]] = {}
         self._now = 0.0
+        self._evicted = Counter(memory=0, budget=0, cleared=0)
 
     @property
     def evictable(self) -> int:
@@ -169,10 +174,12 @@ class PromptCache:
 
     # -- room ----------------------------------------------------------------------------------------
 
-    def evict(self, size: int) -> None:
+    def evict(self, size: int, reason: str = "memory") -> None:
         """Free at least `size` bytes if that many can go, the least valuable first."""
         self._passed.clear()
+        before = self.tree.evicted_bytes
         self._free(self.tree.evict(size - self._passing.size, self._now))
+        self._evicted[reason] += self.tree.evicted_bytes - before
 
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
@@ -186,7 +193,12 @@ class PromptCache:
 
     def clear(self) -> None:
         """Drop everything that no live row holds."""
-        self.evict(self.evictable)
+        self.evict(self.evictable, "cleared")
+
+    def books(self) -> wire.Cached:
+        """What is there, and what went: for memory that was needed, a lower budget, caps, or by order."""
+        caps = self.tree.evicted_bytes - self._evicted.total()
+        return structs.replace(summary(self.tree, self._now), evicted={**self._evicted, "caps": caps})
 
     # -- inside --------------------------------------------------------------------------------------
 

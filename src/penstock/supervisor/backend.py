@@ -27,8 +27,10 @@ from penstock.supervisor.autopsy import DeathLog, memory_sign
 from penstock.supervisor.idle import Idle, Part
 from penstock.supervisor.incarnation import Engine as _Engine
 from penstock.supervisor.journal import Entry, Journal, accused, convicted, in_order_of_resubmission
+from penstock.supervisor.observer import Observer
 from penstock.supervisor.process import COMMAND, describe_exit
 from penstock.supervisor.queue import QueueLimits
+from penstock.supervisor.reports import take
 from penstock.supervisor.ticket import Done, Finished, Job, Progress, Ticket, TicketStats, Tokens
 from penstock.supervisor.warden import Warden
 
@@ -64,7 +66,8 @@ class Backend:
         self._idle = idle or Idle()
         self._limits = limits or m.HangLimits()
         self._life = m.EngineLife(policy)
-        self._journal = Journal()
+        self.journal = Journal()
+        self.observer = Observer(self)
         self._engine: _Engine | None = None
         self._epoch = 0
         self._options: wire.EngineOptions | None = None
@@ -123,13 +126,13 @@ class Backend:
         """Takes a job; it waits while no engine is ready. Raises PenstockError as `wait_ready` does."""
         self._refuse()
         speed = self.status.seconds_per_prefill_id if self.status is not None else None
-        self._queue.check(*self._journal.waiting(), len(job.prompt), speed)
+        self._queue.check(*self.journal.waiting(), len(job.prompt), speed)
         seed = job.seed if job.seed is not None else job.sampling.seed or secrets.randbits(_SEED_BITS)
-        ticket = Ticket(job, self._journal.new_ids(job.n), self._end)
+        ticket = Ticket(job, self.journal.new_ids(job.n), self._end)
         for choice, id in enumerate(ticket.ids):
             sampling = msgspec.structs.replace(job.sampling, seed=seed, choice=choice)
             entry = Entry(id, choice, job, sampling, ticket)
-            self._journal.add(entry)
+            self.journal.add(entry)
             self._unsent.append(entry)
         self._idle.look(monotonic(), busy=True)
         if self._life.state is m.State.UNLOADED:
@@ -144,7 +147,7 @@ class Backend:
         self._notify()
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(drain_seconds):
-                while any(entry.life.is_open for entry in self._journal) and not self._stopped:
+                while any(entry.life.is_open for entry in self.journal) and not self._stopped:
                     await self._changed.wait()
         self._fail_open(Kind.SHUTTING_DOWN, "The server is shutting down.")
         if self._life.state is not m.State.STOPPING:
@@ -154,23 +157,31 @@ class Backend:
         if self._watch_timer is not None:
             self._watch_timer.cancel()
 
+    @property
+    def deaths(self) -> int:
+        """Engines that died, in all."""
+        return self._life.deaths
+
+    def clear_cache(self) -> bool:
+        """Drops the cached prefixes; rows go on. False: no engine is ready, so nothing is cached."""
+        if self._engine is None or self._life.state is not m.State.READY:
+            return False
+        self._engine.channel.send(wire.Release(cache=True))
+        return True
+
     def snapshot(self) -> dict[str, Any]:
         """How things are, for /health: plain values, taken without asking the engine."""
-        entries = list(self._journal)
         memory = None
         if self.status is not None:
             memory = {**msgspec.structs.asdict(self.status), "ceiling": self.warden.ceiling}
+            del memory["cache"], memory["rows"], memory["preempted"]
         return {
             "state": self.state,
             "reason": self.reason,
             "stage": self.stage,
-            "engine_deaths": self._life.deaths,
-            "open": sum(entry.life.is_open for entry in entries),
-            "ending": sum(entry.life.state is m.SequenceState.ENDING for entry in entries),
-            "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
-            "journal_bytes": self._journal.bytes,
+            "engine_deaths": self.deaths,
+            **self.journal.facts(),
             "memory": memory,
-            "waiting": self._journal.waiting()[0],
             "given_back": dict(self.given_back),
             "engine": None if self._engine is None else self._engine.facts(),
         }
@@ -188,7 +199,7 @@ class Backend:
                 case m.WaitUntil(at):
                     asyncio.get_running_loop().call_later(max(0.0, at - monotonic()) + 0.001, self._tick)
                 case m.SubmitOpen():
-                    waiting = [e for e in self._journal if e.life.is_open and e.epoch is None]
+                    waiting = [e for e in self.journal if e.life.is_open and e.epoch is None]
                     self._unsent = deque(in_order_of_resubmission(waiting))
                     self._sole = next((e for e in reversed(waiting) if must_be_sole(e, e.computed)), None)
                     self._flush()
@@ -236,9 +247,10 @@ class Backend:
 
     def _end(self, id: int, keep: int | None) -> None:
         """`keep` None: everything computed so far counts."""
-        entry = self._journal.get(id)
+        entry = self.journal.get(id)
         if entry is None:
             return
+        reason = "abort" if keep is None else "stop"
         keep = entry.length if keep is None else keep
         engine_knows = entry.epoch is not None
         if not entry.life.end(engine_knows):
@@ -246,8 +258,9 @@ class Backend:
         if engine_knows and self._engine is not None:
             self._engine.channel.send(wire.End(id, keep))
         elif not engine_knows:
-            self._journal.drop(entry)
+            self.journal.drop(entry)
         generated = max(0, min(keep, entry.length) - len(entry.job.prompt))
+        self.observer.ended(entry, reason)
         entry.ticket.put_finished(entry.choice, "cut", generated)
         self._notify()
 
@@ -271,19 +284,21 @@ class Backend:
         return self._sole
 
     def _finish(self, entry: Entry, reason: str) -> None:
-        self._journal.drop(entry)
+        self.journal.drop(entry)
         if entry.life.ended():
+            self.observer.ended(entry, reason)
             entry.ticket.put_finished(entry.choice, reason, len(entry.delivered))
             self._notify()
 
     def _fail(self, entry: Entry, error: PenstockError) -> None:
-        self._journal.drop(entry)
+        self.journal.drop(entry)
         if entry.life.ended():
+            self.observer.ended(entry, "error")
             entry.ticket.put_failure(entry.choice, error)
             self._notify()
 
     def _fail_open(self, kind: Kind, message: str) -> None:
-        for entry in self._journal:
+        for entry in self.journal:
             self._fail(entry, PenstockError(kind, message))
 
     # From the engine.
@@ -298,6 +313,7 @@ class Backend:
                 engine.channel.send(self.warden.device(message, monotonic()))
             case wire.Status():
                 self.status = message
+                self.observer.heard(message)
             case wire.Loading(stage):
                 self.stage = stage
             case wire.Ready():
@@ -309,26 +325,9 @@ class Backend:
                 self._act(self._life.halt(reason))
 
     def _step(self, step: wire.Step) -> None:
-        get, is_open = self._journal.get, m.SequenceState.OPEN
-        progress = bool(step.rows or step.ended)
-        for started in step.started:
-            entry = get(started.id)
-            if entry is not None and not entry.delivered:
-                entry.ticket.stats.cached = max(entry.ticket.stats.cached, started.cached)
-                entry.ticket.stats.why = started.why
-        for prefill in step.prefill:
-            entry = get(prefill.id)
-            if entry is not None and entry.life.is_open:
-                progress |= entry.prefill_came(prefill.done)
-                entry.ticket.put_progress(entry.choice, prefill.done, prefill.total)
-        for row in step.rows:
-            entry = get(row.id)
-            if entry is not None and entry.life.state is is_open:
-                entry.delivered.extend(row.tokens)
-                entry.on_board = True
-                entry.ticket.put_tokens(entry.choice, row.tokens, row.logprobs, row.top)
+        progress = take(step, self.journal, self.observer)
         for ended in step.ended:
-            entry = get(ended.id)
+            entry = self.journal.get(ended.id)
             if entry is None:
                 continue
             if ended.reason == "error":
@@ -345,7 +344,7 @@ class Backend:
         longest = self._queue.seconds
         if longest is None:
             return
-        for entry in self._journal:
+        for entry in self.journal:
             if entry.waits and monotonic() - entry.ticket.stats.submitted > longest:
                 if entry.epoch is not None and self._engine is not None:
                     self._engine.channel.send(wire.End(entry.id, 0))
@@ -355,7 +354,7 @@ class Backend:
 
     def _finish_delivered(self) -> None:
         assert self.ready is not None
-        for entry in self._journal:
+        for entry in self.journal:
             reason = entry.over(self.ready.eos_ids) if entry.life.is_open else None
             if reason is not None:
                 self._finish(entry, reason)
@@ -390,36 +389,38 @@ class Backend:
         why = describe_exit(engine.code)
         if engine.verdict:
             why = f"{engine.verdict}, {why}"
-        suspects = accused(self._journal, view.rows)
+        suspects = accused(self.journal, view.rows)
         words = engine.process.last_words
         memory = None if engine.verdict else memory_sign(engine.code, words, self.status)
-        self.status = None
         lowered = self.warden.notches.count > 0
         expected = self._life.ends_by_order
+        self.observer.gone(self.status, None if expected else why)
+        self.status = None
         if not expected:
             self._deaths.say(why, memory, words)
             if memory is not None:
                 self.warden.notches.lower(monotonic())
-        for entry in convicted(self._journal, suspects, memory=memory is not None, lowered=lowered):
+        for entry in convicted(self.journal, suspects, memory=memory is not None, lowered=lowered):
             _log.error("request %d ended the engine twice by itself, and fails", entry.id)
             died = "The engine died twice while computing this request."
             self._fail(entry, PenstockError(Kind.ENGINE_DIED, died))
             self._life.progressed()
-        for ticket in {entry.ticket for entry in self._journal if entry.epoch is not None}:
+        for ticket in {entry.ticket for entry in self.journal if entry.epoch is not None}:
             ticket.stats.restarts += 1
-        for entry in self._journal:
+        for entry in self.journal:
             if not entry.engine_died():
-                self._journal.drop(entry)
+                self.journal.drop(entry)
         by_itself = not view.rows and memory is None
         at_work, room = bool(suspects), self._has_room()
         self._act(self._life.died(monotonic(), why, at_work=at_work, by_itself=by_itself, room=room))
         if not expected and self._life.state is m.State.RESTARTING:
-            _log.warning("a new engine is being started; %d open sequences go on in it", len(self._journal))
+            _log.warning("a new engine is being started; %d open sequences go on in it", len(self.journal))
 
     def _look(self) -> None:
         """The watch's period: is the engine hung?"""
         loop = asyncio.get_running_loop()
         self._watch_timer = loop.call_later(self._limits.interval, self._look)
+        self.observer.look()
         engine = self._engine
         if engine is None or engine.verdict is not None:
             return
@@ -427,7 +428,7 @@ class Backend:
         budget = self.warden.look(engine.process.pid, self.status, monotonic())
         if budget is not None:
             engine.channel.send(budget)
-        busy = len(self._journal) > 0 or self._life.state is not m.State.READY
+        busy = len(self.journal) > 0 or self._life.state is not m.State.READY
         self._rest(engine, busy)
         still = engine.watch.hung(monotonic(), engine.process.page.read(), busy)
         if still is not None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from penstock import wire
 from penstock.guilt import Accusation, Span, judge, judge_memory
 from penstock.page import Row
-from penstock.supervisor.machine import SequenceLife
+from penstock.supervisor.machine import SequenceLife, SequenceState
 from penstock.supervisor.ticket import Job, Ticket
 
 
@@ -32,12 +32,19 @@ class Entry:
     delivered: array[int] = field(default_factory=lambda: array("I"))
     epoch: int | None = None
     prefilled: int = 0
-    on_board: bool = False
-    """The present engine has computed something of it, so it holds memory there."""
+    stage: str = "queued"
+    """What the present engine has computed of it last: nothing (queued), prefill, decode."""
+    told: float = 0.0
+    """When its last ids came, by `time.monotonic`; 0: none have."""
     furthest: int = 0
     """How far its prefill ever came in any engine."""
     accusation: Accusation | None = None
     """What is held against it, of the engines' deaths."""
+
+    @property
+    def on_board(self) -> bool:
+        """The present engine has computed something of it, so it holds memory there."""
+        return self.stage != "queued"
 
     @property
     def length(self) -> int:
@@ -68,13 +75,13 @@ class Entry:
     def prefill_came(self, done: int) -> bool:
         """Notes progress of its prefill. True: it never came so far."""
         further = done > max(self.furthest, self.length if self.delivered else 0)
-        self.prefilled, self.on_board = done, True
+        self.prefilled, self.stage = done, "prefill"
         self.furthest = max(self.furthest, done)
         return further
 
     def engine_died(self) -> bool:
         """True: it goes on in the next engine."""
-        self.epoch, self.prefilled, self.on_board = None, 0, False
+        self.epoch, self.prefilled, self.stage = None, 0, "queued"
         return self.life.engine_died()
 
     @property
@@ -97,6 +104,7 @@ class Journal:
     def __init__(self) -> None:
         self._entries: dict[int, Entry] = {}
         self._last_id = 0
+        self._generated = 0
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -117,7 +125,24 @@ class Journal:
         return self._entries.get(id)
 
     def drop(self, entry: Entry) -> None:
-        self._entries.pop(entry.id, None)
+        if self._entries.pop(entry.id, None) is not None:
+            self._generated += len(entry.delivered)
+
+    @property
+    def generated(self) -> int:
+        """Ids generated for all that ever was here."""
+        return self._generated + sum(len(entry.delivered) for entry in self._entries.values())
+
+    def facts(self) -> dict[str, int]:
+        """How many there are, by their lives, for /health."""
+        entries = list(self)
+        return {
+            "open": sum(entry.life.is_open for entry in entries),
+            "ending": sum(entry.life.state is SequenceState.ENDING for entry in entries),
+            "unsent": sum(entry.life.is_open and entry.epoch is None for entry in entries),
+            "waiting": self.waiting()[0],
+            "journal_bytes": self.bytes,
+        }
 
     def waiting(self) -> tuple[int, int]:
         """How many sequences wait, and their ids."""

@@ -134,6 +134,12 @@ class Ticket:
             self._end(self.ids[choice], None)
         self._events.clear()
 
+    def fail(self, error: PenstockError) -> None:
+        """Ends all that is open, and `next` raises `error`: somebody else than the client wants it so."""
+        self._failure = self._failure or error
+        self.close()
+        self._wake()
+
     # What follows is the backend's side.
 
     def put_tokens(

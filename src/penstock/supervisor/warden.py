@@ -47,7 +47,9 @@ class Warden:
         self.governor = Governor(limit, now)
         self._failed = 0
         self._told = self.notches.cap(limit.size)
-        return self._message()
+        budget = self.budget
+        assert budget is not None
+        return budget
 
     def look(self, pid: int, status: wire.Status | None, now: float) -> wire.Budget | None:
         """Follow the system; a message if the budget has changed enough to tell.
@@ -77,7 +79,7 @@ class Warden:
         ):
             return None
         self._told = budget
-        return self._message()
+        return self.budget
 
     def has_room(self, size: int) -> bool:
         """Whether the system could hold `size` bytes more now: a driver may lag behind a process's end.
@@ -90,8 +92,16 @@ class Warden:
         repeated("room", f"{gigabytes(available)} are free, less than the model: its restart waits a little")
         return False
 
-    def _message(self) -> wire.Budget:
-        assert self.governor is not None
+    @property
+    def ceiling_decided_by(self) -> str:
+        """Which limit is the smallest."""
+        return "" if self.governor is None else self.governor.limit.decided_by
+
+    @property
+    def budget(self) -> wire.Budget | None:
+        """As the engine was told it; None before it has said what it computes on."""
+        if self.governor is None:
+            return None
         limit = self.governor.limit
         why = self.governor.decided_by
         if self.notches.count and self._told == self.notches.cap(limit.size):
