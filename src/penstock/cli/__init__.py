@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from penstock import __version__
-from penstock.cli import arguments, bench, plan
+from penstock.cli import arguments, bench, doctor, plan
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.add_serve(commands)
     plan.add(commands)
     bench.add(commands)
+    doctor.add(commands)
     asked = parser.parse_args(argv)
     try:
         return int(importlib.import_module(f"penstock.cli.{asked.command}").run(asked))
