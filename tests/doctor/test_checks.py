@@ -94,7 +94,7 @@ def test_linux_in_a_container_with_little_left() -> None:
 
 def test_other_programs_count_by_what_they_hold() -> None:
     programs = [
-        (11, "/usr/bin/python3 -m mlx_lm.server --model /Users/someone/secret", 9_000_000_000),
+        (11, "/usr/bin/python3 -m mlx_lm.server --model someone/secret", 9_000_000_000),
         (12, "/Applications/LM Studio.app/Contents/MacOS/LM Studio", 5_000_000_000),
         (13, "vim mlx_lm/server.py", 30_000_000),
         (14, "/usr/bin/postgres", 9_000_000_000),
