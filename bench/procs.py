@@ -1,8 +1,8 @@
 """Server processes under measurement: start, readiness, memory and CPU time of the whole tree, stop.
 
 Owns each process it starts, in a process group of its own, and ends that group. Memory is what the system
-says (Linux: VmRSS and VmHWM; elsewhere `ps`), never what the server says of itself; GPU memory is
-nvidia-smi's total less what was there before.
+says (Linux: resident and swapped pages, and VmHWM; macOS: the footprint), never what the server says of
+itself; GPU memory is nvidia-smi's total less what was there before.
 """
 
 from __future__ import annotations
@@ -18,24 +18,21 @@ import sys
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-OPENBLAS = [
-    "/usr/lib/x86_64-linux-gnu/openblas-pthread/libopenblas.so.0",
-    "/usr/lib/x86_64-linux-gnu/libopenblas.so.0",
-    "/usr/lib/aarch64-linux-gnu/openblas-pthread/libopenblas.so.0",
-    "/usr/lib64/libopenblas.so.0",
-]
+from penstock import platform
+from penstock.memory.probe import system_probe
+from penstock.traffic.watch import below
+
+PROBE = system_probe({})
 LINUX = sys.platform == "linux"
 
 
 def environment(*, gpu: bool) -> dict[str, str]:
     """The environment of every measured process: no hub, the same BLAS for all."""
     found = {**os.environ, "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "PYTHONUNBUFFERED": "1"}
-    blas = next((path for path in OPENBLAS if Path(path).exists()), None)
-    if LINUX and blas and not gpu:
+    if (blas := platform.openblas()) and not gpu:
         found["LD_PRELOAD"] = blas
     return found
 
@@ -120,7 +117,7 @@ class Server:
 
     def pids(self) -> list[int]:
         """The tree, the first process first."""
-        return [self.process.pid, *descendants(self.process.pid)]
+        return [self.process.pid, *below(self.process.pid)]
 
     def reset_peak(self) -> None:
         """Forgets VmHWM, so that the next peak is of what follows (Linux)."""
@@ -141,29 +138,9 @@ class Server:
             self.samples.append(Sample(time.monotonic(), resident(pids), cpu_seconds(pids[0]), device))
 
 
-def descendants(pid: int) -> Iterator[int]:
-    """All processes below `pid`."""
-    if LINUX:
-        children: list[int] = []
-        with contextlib.suppress(OSError):
-            for task in Path(f"/proc/{pid}/task").iterdir():
-                children += map(int, (task / "children").read_text().split())
-    else:
-        listed = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True, check=False)
-        children = [int(line) for line in listed.stdout.split()]
-    for child in children:
-        yield child
-        yield from descendants(child)
-
-
 def resident(pids: list[int]) -> int:
-    """Resident bytes of the processes together (pages they share count for each)."""
-    if LINUX:
-        return sum(_status(pid, "VmRSS") for pid in pids)
-    listed = subprocess.run(
-        ["ps", "-o", "rss=", "-p", ",".join(map(str, pids))], capture_output=True, text=True, check=False
-    )
-    return 1024 * sum(int(line) for line in listed.stdout.split())
+    """What the system charges to the processes together (pages they share count for each)."""
+    return sum(PROBE.read(pid).footprint or 0 for pid in pids)
 
 
 def _status(pid: int, key: str) -> int:

@@ -18,14 +18,15 @@ import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from bench import procs
+from penstock.traffic import watch
 from penstock.traffic.client import Player
 from penstock.traffic.profiles import Event, issue1390
-from penstock.traffic.report import summary, table
+from penstock.traffic.report import markdown, rows, summary
 
 MORE = ("unfinished", "books", "engine_deaths", "counts")
 SYSTEMS = ("mlx_lm.server", "penstock")
@@ -33,7 +34,7 @@ SYSTEMS = ("mlx_lm.server", "penstock")
 
 def patient(events: list[Event]) -> list[Event]:
     """The same without anyone hanging up: every request counts."""
-    return [Event(e.session, e.turn, e.pause, e.shared, e.block, e.new, e.answer) for e in events]
+    return [replace(event, leave_in_prefill=None, leave_after=None, back_after=None) for event in events]
 
 
 @contextmanager
@@ -104,7 +105,7 @@ class Run:
             code = server.process.poll()
             books.over.set()
             peak = max(s.device if self.gpu else s.resident for s in server.samples)
-            found = summary(list(player.records), seconds, peak)
+            found = summary([watch.Run(list(player.records), seconds, [(0.0, peak)])])
             found["unfinished"] = len({(e.session, e.turn) for e in self.events} - done)
             found["end"] = "alive" if code is None else f"ended with {code}"
             if system == "penstock" and code is None:
@@ -148,7 +149,10 @@ def main() -> int:
                 figures = run.measure(system, model, log)
             found[system] = figures
             more = {name: figures[name] for name in figures if name in MORE}
-            print(f"{system}: {figures['end']}\n{table(figures)}\n{json.dumps(more)}\n", flush=True)
+            print(
+                f"{system}: {figures['end']}\n{markdown(rows({system: figures}))}\n{json.dumps(more)}\n",
+                flush=True,
+            )
             if args.out:
                 args.out.write_text(json.dumps(found, indent=1))
     return 0

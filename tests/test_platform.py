@@ -118,3 +118,19 @@ def test_an_address_that_is_none_is_for_the_user_to_mend() -> None:
 
 def test_proc_without_the_port_names_nobody(tmp_path: Path) -> None:
     assert platform._holder_by_proc(8080, tmp_path) is None
+
+
+def test_the_programs_of_this_machine_are_listed_with_their_arguments() -> None:
+    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "a mark"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+        found = {pid: words for pid, words in platform.programs() if pid == child.pid}
+        child.communicate()
+    assert "a mark" in found[child.pid]
+
+
+def test_darwins_ps_lists_pids_and_command_lines() -> None:
+    told = "    1 /sbin/launchd\n  512 /Applications/LM Studio.app/Contents/MacOS/LM Studio --flag\n\nnone\n"
+    assert platform.parse_ps(told) == [
+        (1, "/sbin/launchd"),
+        (512, "/Applications/LM Studio.app/Contents/MacOS/LM Studio --flag"),
+    ]

@@ -32,3 +32,22 @@ def test_damaged_files_are_refused(tmp_path: Path, data: bytes) -> None:
     path.write_bytes(data)
     with pytest.raises(weights.WeightsError):
         weights.header(path)
+
+
+def test_a_whole_file_is_told_from_one_that_is_cut_off(tmp_path: Path) -> None:
+    path = tmp_path / "model.safetensors"
+    mx.save_safetensors(str(path), {"a": mx.zeros((3, 5)), "b": mx.zeros((7,))})
+    whole = path.read_bytes()
+    assert weights.check(path) == len(whole)
+    path.write_bytes(whole[:-1])
+    with pytest.raises(weights.WeightsError, match="is cut off"):
+        weights.check(path)
+
+
+@pytest.mark.parametrize("tensor", [b"7", b"{}", b'{"data_offsets": 7}', b'{"data_offsets": [0]}'])
+def test_a_header_that_says_nothing_of_places_is_damaged(tmp_path: Path, tensor: bytes) -> None:
+    path = tmp_path / "model.safetensors"
+    header = b'{"a": ' + tensor + b"}"
+    path.write_bytes(len(header).to_bytes(8, "little") + header)
+    with pytest.raises(weights.WeightsError, match="damaged header"):
+        weights.check(path)

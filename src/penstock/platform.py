@@ -192,3 +192,21 @@ def parse_lsof(told: str) -> Holder | None:
     """The first process in the output of `lsof -Fpc`: a line 'p<pid>', then a line 'c<command>'."""
     match = re.search(r"^p(\d+)\n(?:[^pc].*\n)*c(.+)$", told, re.MULTILINE)
     return Holder(int(match[1]), match[2]) if match else None
+
+
+def programs() -> list[tuple[int, str]]:
+    """(pid, command line) of every process that the system lets us see."""
+    if sys.platform != "linux":
+        command = ["ps", "-axo", "pid=,command="]
+        return parse_ps(subprocess.run(command, capture_output=True, text=True, check=False).stdout)
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            found.append((int(path.parent.name), path.read_text(errors="replace").replace("\0", " ")))
+    return found
+
+
+def parse_ps(told: str) -> list[tuple[int, str]]:
+    """The output of `ps -o pid=,command=`."""
+    lines = (line.strip().partition(" ") for line in told.splitlines())
+    return [(int(pid), command.strip()) for pid, _, command in lines if pid.isdigit()]

@@ -37,6 +37,19 @@ def header(path: Path) -> dict[str, Any]:
     return found
 
 
+def check(path: Path) -> int:
+    """Bytes of a file that holds all that its header names. Raises WeightsError, OSError."""
+    try:
+        end = max((int(tensor["data_offsets"][1]) for tensor in header(path).values()), default=0)
+    except (LookupError, TypeError):
+        raise WeightsError(f"{path} has a damaged header.") from None
+    with path.open("rb") as file:
+        needed = 8 + int.from_bytes(file.read(8), "little") + end
+    if (size := path.stat().st_size) < needed:
+        raise WeightsError(f"{path} is cut off: {size:,} bytes of {needed:,}.")
+    return size
+
+
 def resident(headers: Mapping[str, Any], *, widened: bool) -> int:
     """Bytes that the tensors take when loaded; `widened`: half precision becomes float32, as on CPUs."""
     sizes = ((tensor["dtype"], *tensor["data_offsets"]) for tensor in headers.values())

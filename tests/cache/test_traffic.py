@@ -2,43 +2,54 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from tests.support.agent_traffic import STATE, Oracle, OracleTree, Request, Traffic, report, serve
+from tests.support.agent_traffic import STATE, Oracle, OracleTree, Request, requests, serve
 
 from penstock.cache.checkpoints import differs
 from penstock.cache.tree import Tree
+from penstock.traffic.profiles import Event, agent, issue1390
 
 CROWDED = {"live": 12, "switch": 0.9}
 """Twelve sessions at once, nearly every turn another's."""
 BURSTS = {"live": 4, "switch": 0.25}
 
 
-def best(requests: list[Request], stateful: bool, max_bytes: int | None = None) -> int:
+def best(made: list[Request], stateful: bool, max_bytes: int | None = None) -> int:
     """Ids that an eviction with foresight saves, every checkpoint of the grid kept until bytes are short."""
     tree = OracleTree(stateful, STATE, max_bytes=max_bytes)
-    tree.oracle = Oracle(requests)
-    return serve(requests, tree, tree.oracle).cached
+    tree.oracle = Oracle(made)
+    return serve(made, tree, tree.oracle).cached
+
+
+HALF = 0.5
+"""Half of the lengths: 9,000 ids of system prompt and tools, 440 a turn."""
+
+
+def drift(seed: int, sessions: int) -> list[Event]:
+    """The profile as it reaches the cache: the line that opens each session's prompt is not a part of it."""
+    return [replace(event, system=event.system[1:]) for event in agent(seed, HALF, sessions, drift=True)]
 
 
 PROFILES = {
-    "issue1390": lambda: report(**BURSTS),
-    "agent-bursts": lambda: Traffic(1, **BURSTS).requests(120),
-    "agent-crowded": lambda: Traffic(1, **CROWDED).requests(120),
-    "drift-bursts": lambda: Traffic(1, drift=True, **BURSTS).requests(120),
-    "drift-crowded": lambda: Traffic(1, drift=True, **CROWDED).requests(120),
+    "issue1390": lambda: requests(issue1390(), **BURSTS),
+    "agent-bursts": lambda: requests(agent(1, HALF, 30), 120, **BURSTS),
+    "agent-crowded": lambda: requests(agent(1, HALF, 30), 120, **CROWDED),
+    "drift-bursts": lambda: requests(drift(1, 30), 120, **BURSTS),
+    "drift-crowded": lambda: requests(drift(1, 30), 120, **CROWDED),
 }
 
 
 @pytest.mark.parametrize("profile", PROFILES)
 @pytest.mark.parametrize("stateful", [False, True], ids=["dense", "hybrid"])
 def test_hits_against_foresight(profile: str, stateful: bool) -> None:
-    requests = PROFILES[profile]()
-    unique = serve(requests, Tree()).stored
-    ample = serve(requests, Tree(stateful, STATE)).cached / best(requests, stateful)
-    scarce = serve(requests, Tree(stateful, STATE, max_bytes=unique // 3)).cached
-    scarce /= best(requests, stateful, unique // 3)
+    made = PROFILES[profile]()
+    unique = serve(made, Tree()).stored
+    ample = serve(made, Tree(stateful, STATE)).cached / best(made, stateful)
+    scarce = serve(made, Tree(stateful, STATE, max_bytes=unique // 3)).cached
+    scarce /= best(made, stateful, unique // 3)
     print(f"{profile}: {ample:.3f} of the best with ample memory, {scarce:.3f} at a third")
     marks = (0.85, 0.75) if stateful and "drift" in profile else (0.95, 0.85)
     assert ample >= marks[0]
@@ -46,10 +57,10 @@ def test_hits_against_foresight(profile: str, stateful: bool) -> None:
 
 
 def test_every_id_is_stored_once() -> None:
-    requests = Traffic(2, drift=True).requests(60)
+    made = requests(agent(2, HALF, 12, drift=True), 60)
     tree = Tree()
-    serve(requests, tree)
-    sequences = sorted(request.prompt + request.answer[:-1] for request in requests)
+    serve(made, tree)
+    sequences = sorted(request.prompt + request.answer[:-1] for request in made)
     shared = sum(differs(one, two) for one, two in pairwise(sequences))
     unique = sum(map(len, sequences)) - shared
     assert tree.tokens == unique
@@ -59,9 +70,9 @@ def test_every_id_is_stored_once() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_the_reports_traffic_is_stored_once_and_its_states_are_few(seed: int) -> None:
     """A state is as big as 1,500 ids; all prompts of a session begin with those before."""
-    requests = report(seed)
+    made = requests(issue1390(seed))
     dense, hybrid = Tree(), Tree(stateful=True, state_tokens=STATE)
-    once, with_states = serve(requests, dense), serve(requests, hybrid)
+    once, with_states = serve(made, dense), serve(made, hybrid)
     print(f"stored ÷ unique: {once.stored / dense.tokens:.3f}, {with_states.stored / hybrid.tokens:.3f}")
     assert once.stored <= 1.10 * dense.tokens
     assert with_states.stored <= 1.30 * hybrid.tokens
@@ -69,9 +80,9 @@ def test_the_reports_traffic_is_stored_once_and_its_states_are_few(seed: int) ->
 
 
 def test_the_states_of_short_sessions_are_no_more_than_they_need() -> None:
-    """Twelve at once, 3,000 ids each behind 9,000 that they share: a state at an end is half of that."""
+    """Twelve at once, each with a few thousand ids behind 9,000 that they share."""
     tree = Tree(stateful=True, state_tokens=STATE)
-    done = serve(Traffic(1, **CROWDED).requests(60), tree)
+    done = serve(requests(agent(1, HALF, 30), 60, **CROWDED), tree)
     states = (tree.bytes - tree.tokens) / STATE / tree.entries
     print(f"{states:.1f} states a session, stored ÷ unique: {done.stored / tree.tokens:.2f}")
     assert states <= 5.5
@@ -80,10 +91,10 @@ def test_the_states_of_short_sessions_are_no_more_than_they_need() -> None:
 @pytest.mark.parametrize("drift", [False, True], ids=["kept", "stripped"])
 def test_a_turn_computes_what_is_new(drift: bool) -> None:
     """Whether turns end in a tool's or a user's message, and thinking is kept or stripped."""
-    traffic = Traffic(4, drift, live=1)
-    traffic.live[0].left = 20
+    made = requests(agent(2, HALF, 1, drift=drift))
+    assert len(made) >= 20
     tree = Tree(stateful=True, state_tokens=STATE)
-    for number, request in enumerate(traffic.requests(20)):
+    for number, request in enumerate(made):
         match = tree.match("", request.prompt[:-1])
         if number > 0:
             assert match.length - match.usable <= 64, "states are where the turns part"

@@ -26,13 +26,13 @@ from penstock.engine import loop as loop_module
 from penstock.engine.batch import Runner
 from penstock.engine.scheduler import Facts, GiveUp, Measure, Plan, Preempt, Room, schedule
 from penstock.engine.sequence import Sequence
-from penstock.traffic.profiles import SYSTEM, Event, issue1390
+from penstock.traffic.profiles import Event, Piece, issue1390
 
 SAMPLING = wire.Sampling(temperature=1.0, seed=7)
 
 
-def block(number: int, count: int) -> list[int]:
-    return random.Random(number).choices(range(256), k=count)
+def ids(pieces: Iterable[Piece]) -> list[int]:
+    return [id_ for block, count in pieces for id_ in random.Random(block).choices(range(256), k=count)]
 
 
 class Report:
@@ -46,7 +46,7 @@ class Report:
         self.histories: dict[int, list[list[int]]] = {}
         self.open: dict[int, tuple[int, list[int], Event | None]] = {}
         self.sent: list[list[int]] = []
-        self.shared = events[0].shared
+        self.shared = len(ids(events[0].system))
 
     def play(self, each: Callable[[], None] = lambda: None) -> None:
         while self.waiting or self.open:
@@ -59,8 +59,8 @@ class Report:
                 self.look(id_)
 
     def send(self, session: int, event: Event) -> None:
-        history = self.histories.setdefault(session, [block(SYSTEM, event.shared)])
-        history.append(block(event.block, event.new))
+        history = self.histories.setdefault(session, [ids(event.system)])
+        history.append(ids(event.text))
         self.submit(session, event)
 
     def submit(self, session: int, event: Event, again: bool = False) -> None:

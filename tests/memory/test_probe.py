@@ -91,6 +91,16 @@ class Mac:
         return struct.pack("=16s8Q", b"u" * 16, 1, 2, 3, 4, 5, 6, 7, 23 * GiB) + bytes(400)
 
 
+@pytest.mark.parametrize(("megabytes", "bytes_"), [(0, None), (None, None), (40_960, 40 * GiB)])
+def test_a_macs_wired_limit_is_none_where_it_is_not_set(megabytes: int | None, bytes_: int | None) -> None:
+    class Limited(Mac):
+        def integer(self, name: str) -> int | None:
+            return megabytes if name == "iogpu.wired_limit_mb" else super().integer(name)
+
+    found = DarwinProbe(Limited()).machine()  # type: ignore[arg-type]
+    assert found == Machine(48 * GiB, wired=bytes_)
+
+
 def test_a_mac_goes_by_pressure_and_footprint() -> None:
     mac = DarwinProbe(Mac())  # type: ignore[arg-type]
     assert mac.machine() == Machine(48 * GiB, None, None)

@@ -1,6 +1,6 @@
 """A short request that comes while a very long prompt is computed: it is next, and the prompt loses nothing.
 
-How long that takes is printed by `python -m bench.short_behind_long`. Here the engine writes down what it
+How long that takes is shown by `penstock bench --profile chatty`. Here the engine writes down what it
 computes, and counts are compared, which are the same on any machine.
 """
 

@@ -1,15 +1,16 @@
-"""Agents' traffic as ids, and how much of it a prefix tree saves, against a policy that knows the future.
+"""Traffic profiles as ids, and how much of them a prefix tree saves, against a policy with foresight.
 
-Lengths at the median: 875 ids appended and 214 generated a turn. Sessions come and go and take turns in
-bursts; sub-agents share their parent's system prompt. With `drift`, some sessions order their tools in
-another way, users' turns strip the thinking from the history, and long histories are compacted.
+A message is OPEN, its ids, CLOSE; an answer's first half is its thinking, which clients drop where the
+profile says so. Sessions come and go, a few at a time, and take turns in bursts.
 """
 
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
+from operator import attrgetter
 from random import Random
 from typing import Any
 
@@ -17,9 +18,9 @@ from penstock.cache.checkpoints import differs, positions
 from penstock.cache.nodes import Checkpoint, Cover, Segment
 from penstock.cache.tree import Tree
 from penstock.cache.value import previous
-from penstock.traffic.profiles import SYSTEM, Event, issue1390
+from penstock.traffic.profiles import Event, Piece
 
-OPEN, THINK, CLOSE = 1, 2, 3
+OPEN, CLOSE = 1, 2
 STATE = 1_500
 """Ids whose K/V is as big as a state."""
 
@@ -34,110 +35,69 @@ class Request:
     turn: int
 
 
-@dataclass
-class Session:
-    """A conversation: messages as (ids without thinking, thinking), and how many turns are left."""
-
-    system: list[int]
-    left: int
-    history: list[tuple[list[int], list[int]]] = field(default_factory=list)
-    since_user: int = 0
+Message = tuple[list[int], list[int]]
+"""Its thinking, and the rest of its ids."""
 
 
-class Traffic:
-    def __init__(self, seed: int, drift: bool = False, live: int = 4, switch: float = 0.25) -> None:
-        self.random = Random(seed)
-        self.drift, self.sessions, self.switch = drift, live, switch
-        self.base = self.words(3_000)
-        self.tools = [self.words(1_000) for _ in range(6)]
-        self.live = [self.session() for _ in range(live)]
-
-    def words(self, count: int) -> list[int]:
-        return [self.random.randrange(10, 50_000) for _ in range(count)]
-
-    def length(self, median: int) -> int:
-        return max(8, int(self.random.lognormvariate(0, 0.8) * median))
-
-    def session(self, system: list[int] | None = None, left: int | None = None) -> Session:
-        if system is None:
-            tools = list(self.tools)
-            if self.drift and self.random.random() < 0.3:
-                self.random.shuffle(tools)
-            system = [OPEN, *self.base, *(token for tool in tools for token in tool), CLOSE]
-        turns = 3 + int(self.random.paretovariate(1.1) * 4)
-        return Session(system, min(40, turns) if left is None else left)
-
-    def requests(self, count: int) -> list[Request]:
-        made: list[Request] = []
-        current = self.live[0]
-        while len(made) < count:
-            if current not in self.live or self.random.random() < self.switch:
-                current = self.random.choice(self.live)
-            made.append(self.turn(current))
-            if self.random.random() < 0.04:
-                self.live.append(self.session(current.system, self.random.randrange(3, 10)))
-            if current.left <= 0:
-                self.live.remove(current)
-                if len(self.live) < self.sessions:
-                    self.live.append(self.session())
-        return made
-
-    def turn(self, session: Session) -> Request:
-        session.left -= 1
-        from_user = not session.history or self.random.random() < 0.15
-        if from_user and self.drift:
-            session.history = [(body, []) for body, _ in session.history]
-        length = sum(len(body) + len(thought) for body, thought in session.history)
-        if self.drift and length > 30_000:
-            session.history = [([OPEN, *self.words(1_500), CLOSE], []), *session.history[-2:]]
-        if from_user:
-            session.since_user = len(session.history) + 1
-        session.history.append(([OPEN, *self.words(self.length(875)), CLOSE], []))
-        prompt = list(session.system)
-        borders, turn = [], 0
-        for index, (body, thought) in enumerate(session.history):
-            borders.append(len(prompt))
-            if index == session.since_user:
-                turn = len(prompt) + 1
-            prompt += [body[0], *thought, *body[1:]]
-        borders.append(len(prompt))
-        prompt += [OPEN]
-        thought = [THINK, *self.words(self.length(100))] if self.drift else []
-        body = [OPEN, *self.words(self.length(214 - (100 if self.drift else 0))), CLOSE]
-        session.history.append((body, thought))
-        return Request(array("I", prompt), array("I", [*thought, *body[1:]]), borders, turn or len(prompt))
-
-
-def report(
-    seed: int = 0, scale: float = 1.0, sessions: int = 10, live: int = 10, switch: float = 1.0
+def requests(
+    events: Sequence[Event], count: int | None = None, live: int = 10, switch: float = 1.0, seed: int = 0
 ) -> list[Request]:
-    """The profile issue1390 as ids, nobody hanging up; sessions take turns as in `Traffic`."""
+    """The first `count` turns of a profile's sessions, nobody hanging up.
+
+    `live` sessions at a time; after a turn comes another session's with the chance `switch`.
+    """
     random = Random(seed)
-    waiting = [list(turns) for _, turns in groupby(issue1390(seed, scale, sessions), lambda e: e.session)]
-    histories: dict[int, list[list[int]]] = {index: [] for index in range(sessions)}
+    waiting = [list(turns) for _, turns in groupby(events, attrgetter("session"))]
+    sessions = {
+        event.session: Session([OPEN, *ids(event.system), CLOSE]) for event in events if not event.turn
+    }
     made: list[Request] = []
     current: list[Event] = []
-    while waiting:
+    while waiting and (count is None or len(made) < count):
         if not current or random.random() < switch:
             current = random.choice(waiting[:live])
         event = current.pop(0)
         if not current:
             waiting.remove(current)
-        history = histories[event.session]
-        history.append([OPEN, *_block(event.block, event.new), CLOSE])
-        prompt, borders = [OPEN, *_block(SYSTEM, event.shared), CLOSE], []
-        for message in history:
-            borders.append(len(prompt))
-            prompt += message
-        borders.append(len(prompt))
-        answer = [*_block(-event.block, event.answer), CLOSE]
-        history.append([OPEN, *answer])
-        made.append(Request(array("I", [*prompt, OPEN]), array("I", answer), borders, len(prompt)))
+        made.append(sessions[event.session].turn(event))
     return made
 
 
-def _block(number: int, count: int) -> list[int]:
-    return Random(number).choices(range(10, 50_000), k=count)
+@dataclass
+class Session:
+    """A conversation as its client sends it."""
+
+    system: list[int]
+    history: list[Message] = field(default_factory=list)
+    since_person: int = 0
+    """Which message of the history answers a person first."""
+
+    def turn(self, event: Event) -> Request:
+        if event.strip:
+            self.history = [([], rest) for _, rest in self.history]
+        if event.summary:
+            self.history = [([], [*ids(event.summary), CLOSE]), *self.history[-2:]]
+        if event.strip or not event.turn:
+            self.since_person = len(self.history) + 1
+        self.history.append(([], [*ids(event.text), CLOSE]))
+        prompt = list(self.system)
+        borders, turn = [], 0
+        for index, (thought, rest) in enumerate(self.history):
+            borders.append(len(prompt))
+            if index == self.since_person:
+                turn = len(prompt) + 1
+            prompt += [OPEN, *thought, *rest]
+        borders.append(len(prompt))
+        answer = ids([(f"answer to {event.text[0][0]}", event.answer)])
+        thought, rest = answer[: len(answer) // 2], [*answer[len(answer) // 2 :], CLOSE]
+        self.history.append((thought, rest))
+        return Request(
+            array("I", [*prompt, OPEN]), array("I", [*thought, *rest]), borders, turn or len(prompt)
+        )
+
+
+def ids(pieces: Sequence[Piece]) -> list[int]:
+    return [id_ for block, count in pieces for id_ in Random(block).choices(range(10, 50_000), k=count)]
 
 
 @dataclass

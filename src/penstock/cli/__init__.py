@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from penstock import __version__
-from penstock.cli import arguments, bench, plan, status
+from penstock.cli import arguments, bench, doctor, plan, status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     plan.add(commands)
     bench.add(commands)
     status.add(commands)
+    doctor.add(commands)
     asked = parser.parse_args(argv)
     try:
         return int(importlib.import_module(f"penstock.cli.{asked.command}").run(asked))

@@ -72,6 +72,12 @@ def resolved(asked: argparse.Namespace, environment: Mapping[str, str]) -> confi
     return config.resolve(flags, environment, _read(path) if path else {}, str(path))
 
 
+def nothing_asked() -> argparse.Namespace:
+    """A command line without any flag: what `resolved` makes of it comes from variables and the file."""
+    names = (option.name for option in config.listed())
+    return argparse.Namespace(**dict.fromkeys(names), positional_model=None, config=None)
+
+
 def _config_file(flag: str | None, environment: Mapping[str, str]) -> Path | None:
     named = flag or environment.get(CONFIG_VARIABLE)
     if named:

@@ -50,17 +50,18 @@ def run(asked: argparse.Namespace) -> int:
             raise ValueError(sentence)
         mac = parse_size(asked.memory) if asked.memory else None
         limit = parse_size(asked.memory_limit, whole=physical_memory()) if asked.memory_limit else None
-        with _described(asked.model, asked.trust_remote_code) as (path, tensors):
-            found = _ask(asked, path, tensors, mac, limit)
+        with described(asked.model, asked.trust_remote_code) as (path, tensors):
+            found = figures(path, tensors, mac=mac, limit=limit, trusted=asked.trust_remote_code)
     except (models.ModelProblem, ValueError, OSError) as problem:
         print(f"penstock: {problem}", file=sys.stderr)
         return getattr(problem, "exit_code", 2)
+    found = {"model": asked.model, **found}
     print(json.dumps(found, indent=1) if asked.json else table(found))
     return 0 if found["fits"] else 1
 
 
 @contextmanager
-def _described(model: str, trusted: bool) -> Iterator[tuple[Path, dict[str, Any] | None]]:
+def described(model: str, trusted: bool) -> Iterator[tuple[Path, dict[str, Any] | None]]:
     """The directory with the model's config, and its tensors' headers if its weights are on the hub alone."""
     from penstock import models
 
@@ -72,10 +73,18 @@ def _described(model: str, trusted: bool) -> Iterator[tuple[Path, dict[str, Any]
         yield Path(folder), models.describe_remote(model, Path(folder))
 
 
-def _ask(
-    asked: argparse.Namespace, path: Path, tensors: dict[str, Any] | None, mac: int | None, limit: int | None
+def figures(
+    path: Path,
+    tensors: dict[str, Any] | None = None,
+    *,
+    mac: int | None = None,
+    limit: int | None = None,
+    trusted: bool = False,
 ) -> dict[str, Any]:
-    """The figures, from a process of its own that builds the model without its weights."""
+    """The figures, from a process of its own that builds the model without its weights.
+
+    `mac`: of a Mac with so many bytes; `limit`: as --memory-limit. Raises ValueError with a sentence.
+    """
     from penstock import platform, weights
     from penstock.config import Options
     from penstock.memory.estimate import working_set
@@ -98,7 +107,7 @@ def _ask(
         options = Options()
         question = {
             "model_path": str(path),
-            "trust_remote_code": asked.trust_remote_code,
+            "trust_remote_code": trusted,
             "ceiling": top.size,
             "backend": device["backend"],
             "here": mac is None,
@@ -113,7 +122,7 @@ def _ask(
     if "fits" not in found:
         raise ValueError(found.get("problem", "the model could not be built; the messages are above."))
     facts = {"machine": device["name"], "backend": device["backend"], "decided_by": top.decided_by}
-    return {"model": asked.model, **facts, **found}
+    return {**facts, **found}
 
 
 def table(found: dict[str, Any]) -> str:

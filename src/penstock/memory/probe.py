@@ -47,6 +47,8 @@ class Machine:
     """The tighter of RLIMIT_DATA and RLIMIT_AS."""
     device: int | None = None
     """A pretended device's limit, in place of the one that the engine finds."""
+    wired: int | None = None
+    """macOS: what `iogpu.wired_limit_mb` lets the GPU hold; None: it is not set, the system decides."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,8 +165,9 @@ class DarwinProbe:
         self.system = system or _Darwin()
 
     def machine(self) -> Machine:
-        """hw.memsize; there are no cgroups, and macOS does not enforce RLIMIT_DATA."""
-        return Machine(self.system.integer("hw.memsize"), None, None)
+        """hw.memsize and the GPU's wired limit; no cgroups, and macOS does not enforce RLIMIT_DATA."""
+        wired = self.system.integer("iogpu.wired_limit_mb")
+        return Machine(self.system.integer("hw.memsize"), wired=wired * MiB if wired else None)
 
     def read(self, pid: int) -> Reading:
         """The kernel's pressure level and the process's phys_footprint, which counts Metal's buffers."""
@@ -198,8 +201,8 @@ class _Darwin:
 def system_probe(environment: Mapping[str, str] | None = None) -> Probe:
     """The probe of the machine we run on, or of the one that PENSTOCK_PRETEND describes.
 
-    That variable is a JSON object with any of physical, cgroup, rlimit, device, available: bytes or sizes
-    such as "48G". Limits it does not name are none. Raises ValueError, with a sentence, for anything else.
+    That variable is a JSON object with any of physical, cgroup, rlimit, device, wired, available: bytes or
+    sizes such as "48G". Limits it does not name are none. Raises ValueError, with a sentence, for the rest.
     """
     real: Probe = DarwinProbe() if os.uname().sysname == "Darwin" else LinuxProbe()
     told = (os.environ if environment is None else environment).get(PRETEND)
@@ -210,7 +213,7 @@ def system_probe(environment: Mapping[str, str] | None = None) -> Probe:
         now = Reading(limits.pop("available", None))
         return Pretended(Machine(**limits), now, real)
     except (ValueError, TypeError, AttributeError):
-        known = "physical, cgroup, rlimit, device and available"
+        known = "physical, cgroup, rlimit, device, wired and available"
         raise ValueError(f"{PRETEND} must be a JSON object of sizes, named {known}, not {told!r}") from None
 
 

@@ -1,4 +1,4 @@
-"""A run of traffic against one server, and how much memory that holds at most if it runs here.
+"""A run of traffic against one server, and how much memory that holds all the while if it runs here.
 
 Its process and all below it: what the system charges to each (Linux: resident and swapped pages; macOS: the
 footprint, which has Metal's buffers in it), added up ten times a second. Servers elsewhere are not watched.
@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from threading import Event as Flag
 from typing import Any
@@ -20,42 +20,58 @@ from urllib.parse import urlsplit
 
 from penstock import platform
 from penstock.memory.probe import system_probe
-from penstock.traffic.client import Player
+from penstock.traffic.client import Player, Record
 from penstock.traffic.profiles import Event
-from penstock.traffic.report import summary
 
 INTERVAL = 0.1
 
 
-def run_watched(
-    url: str, model: str, key: str | None, events: Sequence[Event]
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """Play `events` against the server at `url`: the run's figures, and its records."""
-    address, over = urlsplit(url), Flag()
-    local = address.hostname in ("127.0.0.1", "localhost", "::1") and address.port is not None
-    holder = platform.port_holder(address.port or 0) if local else None
-    player = Player(url, model, key)
-    player.fit_words()
+@dataclass(frozen=True)
+class Run:
+    """What came of one round against one server."""
+
+    records: list[Record]
+    seconds: float
+    held: list[tuple[float, int]]
+    """Seconds from the start, and the bytes of the server's processes then; empty if they were not seen."""
+
+    def told(self) -> dict[str, Any]:
+        """For a file: of each text only the length."""
+        records = [{**asdict(record), "text": len(record.text)} for record in self.records]
+        return {"seconds": self.seconds, "held": self.held, "records": records}
+
+
+def run_watched(player: Player, events: Sequence[Event], pid: int | None) -> Run:
+    """Play `events`, and watch the process tree of `pid` meanwhile."""
+    over = Flag()
     with ThreadPoolExecutor(1) as pool:
-        watching = pool.submit(peak_of, holder.pid, over) if holder else None
         began = time.monotonic()
+        watching = pool.submit(held_by, pid, over) if pid is not None else None
         try:
-            records = player.play(events)
+            player.play(events)
         finally:
             over.set()
         seconds = time.monotonic() - began
-    peak = watching.result() if watching else 0
-    shown = [{**asdict(record), "text": len(record.text)} for record in records]
-    return summary(records, seconds, peak or None), shown
+    return Run(player.records, seconds, watching.result() if watching else [])
 
 
-def peak_of(pid: int, over: Flag) -> int:
-    """The most bytes that `pid` and its descendants held until `over` is set; 0 if none could be seen."""
-    probe, peak = system_probe({}), 0
+def local_pid(url: str) -> int | None:
+    """The process that listens where `url` points, if that is this machine and the system tells."""
+    address = urlsplit(url)
+    local = address.hostname in ("127.0.0.1", "localhost", "::1")
+    holder = platform.port_holder(address.port or 80) if local else None
+    return holder.pid if holder else None
+
+
+def held_by(pid: int, over: Flag) -> list[tuple[float, int]]:
+    """Bytes of `pid` and its descendants over time, until `over` is set; nothing where none could be seen."""
+    probe, began, found = system_probe({}), time.monotonic(), []
     while True:
-        peak = max(peak, sum(probe.read(each).footprint or 0 for each in (pid, *below(pid))))
+        held = sum(probe.read(each).footprint or 0 for each in (pid, *below(pid)))
+        if held:
+            found.append((time.monotonic() - began, held))
         if over.wait(INTERVAL):
-            return peak
+            return found
 
 
 def below(pid: int) -> Iterator[int]:
