@@ -66,8 +66,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def create_app(service: Service, options: Options) -> ASGIApp:
     """The application. `service` may still lack its text parts; requests wait for them."""
-    keys = [options.api_key] if options.api_key else []
-    gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, keys)
+    gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, options.api_key)
     routes = [Route(path, _Endpoint(service, *served)) for path, served in ENDPOINTS.items()]
     router = Router(routes, redirect_slashes=False, default=_not_found)
 
