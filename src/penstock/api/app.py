@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import chat, completions, messages, models, responses
+from penstock.api import chat, completions, messages, models, responses, tokens
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service
@@ -33,6 +33,8 @@ ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/v1/messages": ("POST", messages.create),
     "/v1/messages/count_tokens": ("POST", messages.count),
     "/v1/responses": ("POST", responses.create),
+    "/tokenize": ("POST", tokens.tokenize),
+    "/detokenize": ("POST", tokens.detokenize),
     "/v1/models": ("GET", models.listed),
     "/models": ("GET", models.listed),
     "/v1/models/{id:path}": ("GET", models.one),

@@ -85,16 +85,26 @@ def _encode(
 
 
 def prompt_ids(
-    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
+    text: TextParts,
+    messages: list[Any],
+    tools: list[Any] | None,
+    request: ChatRequest,
+    add_generation_prompt: bool = True,
 ) -> tuple[array[int], str]:
     """A conversation's ids and text, up to where the answer starts. Slow: for the pool."""
-    prompt = _render(text, messages, tools, request)
+    prompt = _render(text, messages, tools, request, add_generation_prompt)
     return text.tokenizer.encode(prompt, add_special_tokens=text.template.adds_special_tokens), prompt
 
 
-def _render(text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest) -> str:
+def _render(
+    text: TextParts,
+    messages: list[Any],
+    tools: list[Any] | None,
+    request: ChatRequest,
+    add_generation_prompt: bool = True,
+) -> str:
     kwargs, roles = request.chat_template_kwargs, request.role_mapping
-    return text.template.render(messages, tools, kwargs=kwargs, role_mapping=roles)
+    return text.template.render(messages, tools, add_generation_prompt, kwargs, roles)
 
 
 class ChatRenderer(OpenAIRenderer):

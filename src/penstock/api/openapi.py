@@ -9,7 +9,19 @@ from msgspec import Struct
 
 from penstock.api.anthropic import CountRequest, MessagesRequest
 from penstock.api.responses_request import ResponsesRequest
-from penstock.api.schema import ChatRequest, CompletionRequest
+from penstock.api.schema import Asked, ChatRequest, CompletionRequest
+from penstock.api.tokens import DetokenizeRequest, TokenizeRequest
+
+BODIES: dict[str, tuple[type[Asked], str]] = {
+    "/v1/chat/completions": (ChatRequest, "Chat completion"),
+    "/v1/completions": (CompletionRequest, "Text completion"),
+    "/v1/messages": (MessagesRequest, "Anthropic's Messages"),
+    "/v1/messages/count_tokens": (CountRequest, "A prompt's length in tokens"),
+    "/v1/responses": (ResponsesRequest, "OpenAI's Responses"),
+    "/tokenize": (TokenizeRequest, "A text's or a chat's token ids"),
+    "/detokenize": (DetokenizeRequest, "The text of token ids"),
+}
+"""What is posted, by path."""
 
 
 class ErrorDetail(Struct):
@@ -23,38 +35,36 @@ class ErrorBody(Struct):
     error: ErrorDetail
 
 
-def _operation(summary: str, body: dict[str, Any] | None, answer: str = "The answer") -> dict[str, Any]:
+def _operation(summary: str, answer: str = "The answer") -> dict[str, Any]:
     error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {"200": {"description": answer}, "default": {"description": "Error", "content": error}},
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    return operation
+    told = {"200": {"description": answer}, "default": {"description": "Error", "content": error}}
+    return {"summary": summary, "responses": told}
+
+
+def _post(kind: type[Asked], summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    streams = "stream" in kind.__struct_fields__
+    answer = "JSON, or server-sent events with `stream`" if streams else "The answer"
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    return {"post": _operation(summary, answer) | {"requestBody": body}}
 
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document, generated from the structs above."""
-    bodies = [ChatRequest, CompletionRequest, MessagesRequest, CountRequest, ResponsesRequest, ErrorBody]
-    (chat, completion, message, count, response, _), components = msgspec.json.schema_components(
-        bodies, ref_template="#/components/schemas/{name}"
+    kinds = [kind for kind, _ in BODIES.values()]
+    schemas, components = msgspec.json.schema_components(
+        [*kinds, ErrorBody], ref_template="#/components/schemas/{name}"
     )
-    reply = "JSON, or server-sent events with `stream`"
+    posts = zip(BODIES.items(), schemas, strict=False)
     model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Penstock", "version": version},
         "paths": {
-            "/v1/chat/completions": {"post": _operation("Chat completion", chat, reply)},
-            "/v1/completions": {"post": _operation("Text completion", completion, reply)},
-            "/v1/messages": {"post": _operation("Anthropic's Messages", message, reply)},
-            "/v1/messages/count_tokens": {"post": _operation("A prompt's length in tokens", count)},
-            "/v1/responses": {"post": _operation("OpenAI's Responses", response, reply)},
-            "/v1/models": {"get": _operation("The models served", None)},
-            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [model]}},
-            "/v1/status": {"get": _operation("The engine's state and its memory by owner", None)},
-            "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
+            **{path: _post(kind, summary, schema) for (path, (kind, summary)), schema in posts},
+            "/v1/models": {"get": _operation("The models served")},
+            "/v1/models/{id}": {"get": _operation("One model") | {"parameters": [model]}},
+            "/v1/status": {"get": _operation("The engine's state and its memory by owner")},
+            "/health": {"get": _operation("200 when ready, else 503 with the state")},
         },
         "components": {"schemas": components},
     }

@@ -33,6 +33,9 @@ _UNSUPPORTED: dict[str, tuple[Container[Any], str]] = {
     "modalities": ((None, [], ["text"]), "only ['text'] is supported."),
     "echo": ((None, False), "echoing the prompt is not supported."),
     "suffix": ((None, ""), "filling in before a suffix is not supported."),
+    "parse_special": ((None, True), "special tokens in a text are always read as such."),
+    "with_pieces": ((None, False), "tokens are given as ids only."),
+    "return_token_strs": ((None, False), "tokens are given as ids only."),
     "best_of": ((None, 1), "only 1 is supported; n gives several answers."),
 }
 """What a field may hold whose feature we lack, and what is said of the rest."""
