@@ -249,7 +249,7 @@ class Options:
         SIZE,
         1_000_000_000,
         "The most that the HTTP process holds of request bodies, token ids and "
-        "unsent answers; requests beyond it get a 503.",
+        "unsent answers; requests beyond it get a 503, one that is too large by itself a 413.",
     )
     prompt_cache_size: int | None = _option(
         MEMORY,

@@ -58,7 +58,7 @@ def test_time_is_bounded(endless: str, monkeypatch: pytest.MonkeyPatch) -> None:
         "{% set s.t = s.t.replace('a', 'aa').replace('b', 'bb') %}{% endfor %}",
         "{% set s = namespace(t='ab') %}{% for i in range(60) %}"
         "{% set s.t = s.t | replace('a', 'aa') | replace('b', 'bb') %}{% endfor %}",
-        "{{ ('%' + width + 'd') % 1 | length }}",
+        "{{ (('%' + width + 'd') % 1) | length }}",
         "{{ 'x'.ljust(width | int) | length }}",
         "{{ 'x' | center(width | int) | length }}",
     ],

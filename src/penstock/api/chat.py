@@ -16,7 +16,7 @@ from penstock.api import params
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
 from penstock.api.renderer import OpenAIRenderer, encode
-from penstock.api.schema import ChatRequest
+from penstock.api.schema import MAX_TOOLS_SIZE, ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
 from penstock.supervisor.ticket import Progress
@@ -67,6 +67,8 @@ def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, 
             if tool.function is None:
                 raise params.invalid(f"tools[{at}].function", "this field is required.")
             kept.append(written)
+    if len(encode(kept)) > MAX_TOOLS_SIZE:
+        raise params.invalid("tools", f"all tools together are limited to {MAX_TOOLS_SIZE:,} bytes.")
     return kept or None
 
 
@@ -85,26 +87,16 @@ def _encode(
 
 
 def prompt_ids(
-    text: TextParts,
-    messages: list[Any],
-    tools: list[Any] | None,
-    request: ChatRequest,
-    add_generation_prompt: bool = True,
+    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
 ) -> tuple[array[int], str]:
     """A conversation's ids and text, up to where the answer starts. Slow: for the pool."""
-    prompt = _render(text, messages, tools, request, add_generation_prompt)
+    prompt = _render(text, messages, tools, request)
     return text.tokenizer.encode(prompt, add_special_tokens=text.template.adds_special_tokens), prompt
 
 
-def _render(
-    text: TextParts,
-    messages: list[Any],
-    tools: list[Any] | None,
-    request: ChatRequest,
-    add_generation_prompt: bool = True,
-) -> str:
+def _render(text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest) -> str:
     kwargs, roles = request.chat_template_kwargs, request.role_mapping
-    return text.template.render(messages, tools, add_generation_prompt, kwargs, roles)
+    return text.template.render(messages, tools, kwargs=kwargs, role_mapping=roles)
 
 
 class ChatRenderer(OpenAIRenderer):

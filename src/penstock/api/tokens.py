@@ -81,8 +81,10 @@ def _tokenized(
     if len(given) != 1:
         raise params.invalid("content", "give one of content, prompt and messages.")
     if given == ["messages"]:
-        tools, prompted = chat.function_tools(raw, request), request.add_generation_prompt is not False
-        ids, _ = chat.prompt_ids(text, raw["messages"], tools, request, prompted)
+        open_turn, template = request.add_generation_prompt is not False, text.template
+        fields = (open_turn, request.chat_template_kwargs, request.role_mapping)
+        prompt = template.render(raw["messages"], chat.function_tools(raw, request), *fields)
+        ids = text.tokenizer.encode(prompt, add_special_tokens=template.adds_special_tokens)
     elif request.content is not None:
         ids = text.tokenizer.encode(request.content, add_special_tokens=bool(request.add_special))
     else:
