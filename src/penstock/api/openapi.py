@@ -7,6 +7,7 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from penstock.api import params
 from penstock.api.anthropic import CountRequest, MessagesRequest
 from penstock.api.responses_request import ResponsesRequest
 from penstock.api.schema import Asked, ChatRequest, CompletionRequest
@@ -35,8 +36,18 @@ class ErrorBody(Struct):
     error: ErrorDetail
 
 
-def _operation(summary: str, answer: str = "The answer") -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
+class MessagesErrorDetail(Struct):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(Struct):
+    type: str
+    error: MessagesErrorDetail
+
+
+def _operation(summary: str, answer: str = "The answer", body: type[Struct] = ErrorBody) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
     told = {"200": {"description": answer}, "default": {"description": "Error", "content": error}}
     return {"summary": summary, "responses": told}
 
@@ -45,15 +56,20 @@ def _post(kind: type[Asked], summary: str, schema: dict[str, Any]) -> dict[str, 
     streams = "stream" in kind.__struct_fields__
     answer = "JSON, or server-sent events with `stream`" if streams else "The answer"
     body = {"required": True, "content": {"application/json": {"schema": schema}}}
-    return {"post": _operation(summary, answer) | {"requestBody": body}}
+    error = MessagesErrorBody if issubclass(kind, CountRequest) else ErrorBody
+    return {"post": _operation(summary, answer, error) | {"requestBody": body}}
 
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document, generated from the structs above."""
     kinds = [kind for kind, _ in BODIES.values()]
     schemas, components = msgspec.json.schema_components(
-        [*kinds, ErrorBody], ref_template="#/components/schemas/{name}"
+        [*kinds, ErrorBody, MessagesErrorBody], ref_template="#/components/schemas/{name}"
     )
+    for schema in components.values():  # what a field may hold whose feature is not there
+        for name in params.UNSUPPORTED.keys() & schema.get("properties", {}).keys():
+            accepted, why = params.UNSUPPORTED[name]
+            schema["properties"][name] |= {"enum": list(accepted), "description": why}
     posts = zip(BODIES.items(), schemas, strict=False)
     model = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
