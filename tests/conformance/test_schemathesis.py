@@ -1,8 +1,8 @@
 """Schemathesis against /openapi.json: every operation, with bodies that it allows and bodies that it forbids.
 
-One of its checks is left out, that a body which the document allows is never refused: a schema cannot say that
-ids lie below the vocabulary's size, that one of `content`, `prompt` and `messages` is given, that a prompt's
-list is of one kind, that a content part is text, or what roles a chat template knows.
+One of its checks is left out, that a body which the document allows is never refused: a schema cannot say
+that ids lie below the vocabulary's size, that one of `content`, `prompt` and `messages` is given, that a
+prompt's list is of one kind, that a content part is text, or what roles a chat template knows.
 """
 
 from __future__ import annotations

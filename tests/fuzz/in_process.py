@@ -88,14 +88,20 @@ def check_answer(path: str, status: int, answer: bytes) -> None:
             _check_calls(body)
         return
     events = [line[6:] for line in answer.decode().split("\n") if line.startswith("data: ")]
-    last = events.pop() if not anthropic else "[DONE]"
+    typed = anthropic or path == "/v1/responses"
+    last = "[DONE]" if typed else events.pop()
     parsed = [json.loads(event) for event in events]
     assert last == "[DONE]"
     assert not [event for event in parsed if "error" in event], parsed[-1]
-    assert not anthropic or parsed[-1]["type"] == "message_stop"
+    if typed:
+        assert parsed[-1]["type"] in ("message_stop", "response.completed", "response.incomplete")
+        _check_calls(parsed[-1].get("response", {}))
 
 
 def _check_calls(body: dict[str, Any]) -> None:
+    for item in body.get("output", ()):
+        if item["type"] == "function_call":
+            assert isinstance(json.loads(item["arguments"]), dict)
     for choice in body.get("choices", ()):
         for call in choice.get("message", {}).get("tool_calls", ()):
             assert isinstance(json.loads(call["function"]["arguments"]), dict)

@@ -62,6 +62,13 @@ _BLOCKS = [
 ]  # fmt: skip
 _ASKED = {"messages": _BLOCKS, "system": [{"type": "text", "text": "Be brief."}],
           "tools": [{"name": "look", "input_schema": _FUNCTION["parameters"]}]}  # fmt: skip
+_ITEMS = [
+    {"type": "message", "role": "developer", "content": [{"type": "input_text", "text": "Be kind."}]},
+    {"role": "user", "content": "Hello"},
+    {"type": "reasoning", "id": "rs_1", "summary": [], "encrypted_content": "plain:hm"},
+    {"type": "function_call", "id": "fc_1", "call_id": "c1", "name": "look", "arguments": '{"at": "x"}'},
+    {"type": "function_call_output", "call_id": "c1", "output": "42"},
+]
 REQUESTS: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {"messages": _TALK, "tools": [{"type": "function", "function": _FUNCTION}], **_SAMPLING},
@@ -79,6 +86,13 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
         {**_ASKED, "max_tokens": 9, "stream": True, "tool_choice": {"type": "auto"}, "top_k": 3},
     ],
     "/v1/messages/count_tokens": [_ASKED],
+    "/v1/responses": [
+        {"input": _ITEMS, "instructions": "Be brief.", "tools": [{"type": "function", **_FUNCTION}],
+         "max_output_tokens": 9, "reasoning": {"effort": "low"}, "store": False,
+         "include": ["reasoning.encrypted_content"]},
+        {"input": "Hello", "stream": True, "text": {"format": {"type": "text"}}, "tool_choice": "auto",
+         "tools": [{"type": "namespace", "name": "all", "tools": [{"type": "function", **_FUNCTION}]}]},
+    ],
     "/tokenize": [
         {"content": "Hello", "add_special": True},
         {"messages": _TALK, "chat_template_kwargs": {"thinking": True}},
