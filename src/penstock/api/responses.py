@@ -59,15 +59,10 @@ class ResponsesRenderer(Renderer):
         self._id, self._names, self._encrypted = id, plan.echo.names, plan.echo.encrypted
         sampling = plan.jobs[0].sampling
         begun = {"object": "response", "created_at": int(time.time()), "status": "in_progress", "output": []}
-        fixed: Json = {
-            "store": False,
-            "background": False,
-            "truncation": "disabled",
-            "service_tier": "default",
-        }
-        fixed |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "top_logprobs": 0}
-        nothing = ("error", "incomplete_details", "previous_response_id", "usage", "completed_at")
-        fixed |= dict.fromkeys(nothing)
+        fixed: Json = {"store": False, "background": False, "truncation": "disabled"}
+        fixed |= {"service_tier": "default", "top_logprobs": 0}
+        fixed |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "completed_at": None}
+        fixed |= dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
         about = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p}
         self._response: Json = {"id": f"resp_{id}", **begun, **fixed, **about, **plan.echo.fields}
         self._number = 0

@@ -35,15 +35,8 @@ _UNSUPPORTED = {
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _FORMS: Json = {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
 _CHOICES: Json = {"metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-_NAMED = (
-    "instructions",
-    "max_output_tokens",
-    "max_tool_calls",
-    "prompt_cache_key",
-    "safety_identifier",
-    "user",
-)
-_REPEATED = {**dict.fromkeys(_NAMED), **_CHOICES, **_FORMS}
+_NAMED = ("instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier")
+_REPEATED = {**dict.fromkeys(_NAMED), "user": None, **_CHOICES, **_FORMS}
 """What an answer repeats of its request, and what it says where the request said nothing."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=127)]

@@ -22,6 +22,7 @@ from penstock.api.service import Service
 from penstock.text.parts import TextParts
 
 MOST_IDS = 1 << 20
+Json = dict[str, Any]
 
 
 class TokenizeRequest(ChatRequest, kw_only=True):
@@ -58,7 +59,7 @@ async def by_the_front(
     service: Service,
     exchange: Exchange,
     kind: type[Request],
-    work: Callable[[TextParts, dict[str, Any], Request], dict[str, Any]],
+    work: Callable[[TextParts, Json, Request], Json],
 ) -> None:
     """Read a `kind`, do `work` on it on the pool, and answer what it returns as JSON."""
     with service.admission.lease() as lease:
@@ -66,16 +67,13 @@ async def by_the_front(
         with exchange.ends_with_client():
             params.check_model(request.model, service.served_names, service.strict_model_names)
             text = await service.wait_text()
-            answer = await asyncio.get_running_loop().run_in_executor(
-                service.pool, lambda: msgspec.json.encode(work(text, raw, request))
-            )
+            loop, made = asyncio.get_running_loop(), partial(work, text, raw, request)
+            answer = await loop.run_in_executor(service.pool, lambda: msgspec.json.encode(made()))
             lease.resize(len(answer))
             await exchange.respond(200, answer)
 
 
-def _tokenized(
-    service: Service, text: TextParts, raw: dict[str, Any], request: TokenizeRequest
-) -> dict[str, Any]:
+def _tokenized(service: Service, text: TextParts, raw: Json, request: TokenizeRequest) -> Json:
     params.refuse(request)
     given = [name for name in ("content", "prompt", "messages") if getattr(request, name) is not None]
     if len(given) != 1:
@@ -97,9 +95,7 @@ def _tokenized(
     return {"tokens": ids.tolist(), "count": len(ids), "max_model_len": most}
 
 
-def _detokenized(
-    service: Service, text: TextParts, raw: dict[str, Any], request: DetokenizeRequest
-) -> dict[str, Any]:
+def _detokenized(service: Service, text: TextParts, _: Json, request: DetokenizeRequest) -> Json:
     ready = service.backend.ready
     known = max(text.tokenizer.vocab_size, ready.vocab_size if ready else 0)
     said = text.tokenizer.decode(params.check_ids(request.tokens, known, "tokens"), skip_special_tokens=False)

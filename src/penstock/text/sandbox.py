@@ -50,21 +50,18 @@ def _bounding(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 class _Watched(jinja2.visitor.NodeTransformer):
-    """Puts a call into every loop, so that each turn is seen, and in place of `~`, so that its result is."""
+    """Puts a call into every loop, so that each turn is seen, and a filter, whose results are, for `~`."""
 
     def visit_For(self, loop: jinja2.nodes.For) -> jinja2.nodes.Node:  # noqa: N802 - jinja2 calls it so
         self.generic_visit(loop)
-        turn = jinja2.nodes.ExprStmt(self._call("turn", []))
-        loop.body.insert(0, turn.set_lineno(loop.lineno))
+        turn = jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute("turn"), [], [], None, None)
+        loop.body.insert(0, jinja2.nodes.ExprStmt(turn).set_lineno(loop.lineno))
         return loop
 
     def visit_Concat(self, concat: jinja2.nodes.Concat) -> jinja2.nodes.Node:  # noqa: N802
         self.generic_visit(concat)
-        return self._call("tilde", concat.nodes).set_lineno(concat.lineno)
-
-    @staticmethod
-    def _call(name: str, arguments: list[jinja2.nodes.Expr]) -> jinja2.nodes.Call:
-        return jinja2.nodes.Call(jinja2.nodes.EnvironmentAttribute(name), arguments, [], None, None)
+        parts = jinja2.nodes.List(concat.nodes)
+        return jinja2.nodes.Filter(parts, "join", [], [], None, None).set_lineno(concat.lineno)
 
 
 class Sandbox(ImmutableSandboxedEnvironment):
@@ -92,10 +89,6 @@ class Sandbox(ImmutableSandboxedEnvironment):
 
     def turn(self) -> None:
         """A loop turns."""
-
-    def tilde(self, *parts: Any) -> str:
-        """`a ~ b`."""
-        return "".join(map(str, parts))
 
     @staticmethod
     def concat(parts: Iterable[str]) -> str:
