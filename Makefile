@@ -3,12 +3,14 @@ VENV ?= .venv
 PYTHON ?= python3
 PY := $(VENV)/bin/python
 ARGS ?=
+SECONDS ?= 600
+SEED ?= 0
 WORKERS ?= 2
 
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
 PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
 
-.PHONY: serve test test-clients test-clients-slow test-chaos test-metal test-storm venv install lint format bench demo-model docs lock
+.PHONY: serve test test-clients test-clients-slow test-chaos test-metal test-storm test-conformance fuzz venv install lint format bench demo-model docs lock
 
 serve: venv
 	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
@@ -24,6 +26,12 @@ test-clients-slow: venv
 
 test-storm: venv
 	@$(PRELOAD) $(PY) -m pytest -m storm -s $(ARGS)
+
+test-conformance: venv
+	@$(PRELOAD) $(PY) -m pytest -m conformance $(ARGS)
+
+fuzz: venv
+	@$(PRELOAD) nice $(PY) -m tests.fuzz --seconds $(SECONDS) --seed $(SEED) $(ARGS)
 
 test-chaos: venv
 	@$(PRELOAD) $(PY) -m pytest -m chaos -s $(ARGS)

@@ -68,7 +68,7 @@ class Books:
 
     def look(self) -> None:
         """One look."""
-        url = f"http://127.0.0.1:{self.port}/v1/status"
+        url = f"http://127.0.0.1:{self.port}/health"
         with urllib.request.urlopen(url, timeout=10) as answer:
             self.last = json.load(answer)
         if memory := self.last.get("memory"):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import difflib
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
 from typing import Any
@@ -90,8 +91,18 @@ def _words(text: str) -> tuple[str, ...]:
     return tuple(word.strip() for word in text.split(",") if word.strip())
 
 
+def _keys(text: str) -> tuple[str, ...]:
+    keys = tuple(word.strip() for word in text.split(","))
+    if not all(KEY.fullmatch(key) for key in keys):
+        raise ValueError
+    return keys
+
+
+KEY = re.compile(r"[!-+\--~]+")
+"""What an API key may be: visible ASCII without the comma, so that it stands in a header and in a list."""
 TEXT = Form("TEXT", "text", str)
 LIST = Form("A,B", "a comma-separated list", _words, many=True)
+KEYS = Form("KEY", "a key of visible ASCII characters, or several with commas between them", _keys, many=True)
 SWITCH = Form("", "true or false", _boolean)
 SIZE = Form("SIZE", "a size such as 8G, 512MB, 8GiB or 75% (of this machine's memory)", _size)
 MINUTES = Form("MINUTES", "a number of minutes from 0.01 up", _number(float, 0.01, 1e6))
@@ -107,7 +118,7 @@ def _option(group: str, form: Form, default: Any, meaning: str, **extra: Any) ->
     metadata = {"group": group, "form": form, "help": meaning, **extra}
     if isinstance(default, dict):
         return field(default_factory=dict, metadata=metadata)
-    return field(default=default, metadata=metadata)
+    return field(default=default, metadata=metadata, repr="secret" not in extra)
 
 
 _FALL_BACK = "the model's generation_config.json, else "
@@ -147,17 +158,26 @@ class Options:
         MODEL, JSON, {}, "Arguments for every chat template, such as '{\"enable_thinking\": false}'."
     )
     host: str = _option(
-        SERVER, TEXT, "127.0.0.1", "The address to listen on. Other than loopback only with --api-key."
-    )
-    port: int = _option(SERVER, _whole(0, 65535), 8080, "The port to listen on; 0 takes a free one.")
-    api_key: str | None = _option(
         SERVER,
         TEXT,
-        None,
-        "The key that clients must send as a bearer token. Set in the environment or the file, "
-        "it does not show in process lists.",
+        "127.0.0.1",
+        "The address to listen on. Other than loopback only with an API key, or --keyless.",
+    )
+    port: int = _option(SERVER, _whole(0, 65535), 8080, "The port to listen on; 0 takes a free one.")
+    api_key: tuple[str, ...] = _option(
+        SERVER,
+        KEYS,
+        (),
+        "A key that clients must send as a bearer token; may be given more than once. Each key has a prompt "
+        "cache of its own. Set in the environment or a file, it does not show in process lists.",
         unset="no key is asked for",
         secret=True,
+    )
+    api_key_file: str | None = _option(
+        SERVER, TEXT, None, "A file with more keys, one a line; lines that begin with '#' are comments."
+    )
+    keyless: bool = _option(
+        SERVER, SWITCH, False, "Let everybody use the server who can reach a --host other than loopback."
     )
     allowed_hosts: tuple[str, ...] = _option(
         SERVER,
@@ -243,7 +263,7 @@ class Options:
         SIZE,
         1_000_000_000,
         "The most that the HTTP process holds of request bodies, token ids and "
-        "unsent answers; requests beyond it get a 503.",
+        "unsent answers; requests beyond it get a 503, one that is too large by itself a 413.",
     )
     prompt_cache_size: int | None = _option(
         MEMORY,

@@ -147,7 +147,7 @@ class _Front:
                 url=log.base_url(host, port),
                 seconds=time.monotonic() - self.began,
                 demo=self.options.demo,
-                keyed=self.options.api_key is not None,
+                keyed=bool(self.options.api_key),
             )
         )
         if ready.batch_mode != "ragged":

@@ -95,6 +95,29 @@ def test_hopeless_bodies(body: bytes, words: str) -> None:
     assert words in error.message
 
 
+@pytest.mark.parametrize(
+    "values", ["[],", "{},", '{"role":"u","content":"x"},'], ids=["lists", "objects", "turns"]
+)
+def test_a_body_that_becomes_much_more_than_its_size_counts_for_it(values: str) -> None:
+    """Small values take many times their text: they are refused by what they take, not by what was sent."""
+    body = f'{{"messages":[{{"role":"user","content":"x"}},{values * 100_000}{{"role":"user"}}]}}'
+    with serving(front_memory=40_000_000) as server, server.client() as client:
+        headers = {"content-type": "application/json"}
+        answer = client.post("/v1/chat/completions", content=body, headers=headers)
+        assert (answer.status_code, answer.json()["error"]["code"]) == (413, "request_too_large")
+        assert client.post("/v1/completions", json={"prompt": "x" * 1000}).status_code == 200
+
+
+def test_tools_are_bounded_together() -> None:
+    tool = {"type": "function", "function": {"name": "f", "description": "x" * 1_000_000}}
+    with serving() as server, server.client() as client:
+        for path in ("/v1/chat/completions", "/tokenize"):
+            answer = client.post(
+                path, json={"messages": [{"role": "user", "content": "x"}], "tools": [tool] * 5}
+            )
+            assert (answer.status_code, answer.json()["error"]["param"]) == (400, "tools")
+
+
 def test_bytes_that_are_not_utf8_are_found() -> None:
     error = refusal(b'{"messages":[{"role":"user","content":"\xff"}]}')
     assert (error.kind, error.param) == (Kind.INVALID_JSON, "messages[0].content")

@@ -105,7 +105,7 @@ def call(server: Server, method: str, path: str, **headers: str) -> httpx.Respon
 
 
 def test_cors_only_for_listed_origins() -> None:
-    options = Options(port=0, allowed_origins=("https://app.example",), api_key="k")
+    options = Options(port=0, allowed_origins=("https://app.example",), api_key=("k",))
     asked: dict[str, Any] = {
         "access_control_request_method": "POST",
         "access_control_request_headers": "authorization,content-type",

@@ -210,7 +210,7 @@ def test_tools_that_may_not_be_used_are_neither_rendered_nor_counted(server: Ser
 
 
 def test_the_key_may_come_in_anthropics_header() -> None:
-    with serving(say("ok"), options=Options(api_key="secret")) as server, server.client() as client:
+    with serving(say("ok"), options=Options(api_key=("secret",))) as server, server.client() as client:
         body = {"messages": USER}
         refused = client.post("/v1/messages", json=body, headers={"x-api-key": "no"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")

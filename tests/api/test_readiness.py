@@ -84,15 +84,18 @@ def test_a_halted_engine_is_said_at_once() -> None:
     assert "no weights" in answer.json()["error"]["message"]
 
 
-def test_beyond_the_fronts_memory_requests_are_told_to_retry() -> None:
+def test_beyond_the_fronts_memory_requests_are_told_to_retry_if_that_can_help() -> None:
     with serving(say("x"), front_memory=200_000) as server, server.client() as client:
-        big = client.post("/v1/chat/completions", json={**BODY, "padding": "x" * 100_000})
         small = client.post("/v1/chat/completions", json=BODY)
+        with server.service.admission.lease() as others:
+            others.resize(150_000)
+            busy = client.post("/v1/chat/completions", json=BODY)
+        big = client.post("/v1/chat/completions", json={**BODY, "padding": "x" * 100_000})
         many = client.post("/v1/chat/completions", json={**BODY, "n": 3})
-    assert [big.status_code, small.status_code, many.status_code] == [503, 200, 503]
-    assert big.json()["error"]["code"] == "server_busy"
-    assert int(big.headers["retry-after"]) >= 1
-    assert "context" not in big.json()["error"]["message"]
+    assert [small.status_code, busy.status_code, big.status_code, many.status_code] == [200, 503, 413, 413]
+    assert busy.json()["error"]["code"] == "server_busy"
+    assert int(busy.headers["retry-after"]) >= 1
+    assert "context" not in busy.json()["error"]["message"]
 
 
 def test_the_account_is_exact() -> None:

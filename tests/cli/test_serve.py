@@ -101,7 +101,10 @@ def test_a_model_of_the_environment_or_the_file_will_do(
         (["m", "--pipeline"], "--pipeline: "),
         (["m", "--kv-bits", "4"], "--kv-bits: "),
         (["m", "--port", "abc"], "--port must be a whole number from 0 to 65535, not 'abc'."),
-        (["m", "--api-key", ""], "--api-key is empty"),
+        (["m", "--api-key", ""], "--api-key must be a key of visible ASCII characters"),
+        (["m", "--api-key", "a", "--api-key", ""], "--api-key must be a key of visible ASCII characters"),
+        (["m", "--api-key", "a", "--keyless"], "--keyless and API keys exclude each other"),
+        (["m", "--api-key-file", "/no/such/file"], "--api-key-file /no/such/file cannot be read: No such"),
     ],
 )
 def test_what_the_user_must_mend_is_one_sentence_and_code_2(
@@ -114,7 +117,10 @@ def test_what_the_user_must_mend_is_one_sentence_and_code_2(
 
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.168.1.2", "my-mac.local"])
 def test_other_machines_are_let_in_only_with_a_key(capsys: pytest.CaptureFixture[str], host: str) -> None:
-    assert "--api-key" in refused(capsys, "m", "--host", host)
+    sentence = refused(capsys, "m", "--host", host)
+    assert all(flag in sentence for flag in ("--api-key ", "--api-key-file", "--keyless"))
+    for let_in in (["--api-key", "a"], ["--keyless"]):
+        assert "m does not exist" in refused(capsys, "./m", "--host", host, *let_in)
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "::1", "127.8.8.8"])

@@ -1,7 +1,7 @@
-"""The Python programs that talk to servers, in a virtual environment of their own, outside the repository.
+"""The Python programs that talk to servers, in virtual environments of their own, outside the repository.
 
-Theirs is a lock of its own (`requirements-clients.lock`), so that the tests' environment stays small. The
-environment is made once for each lock and Python, and kept.
+Theirs are locks of their own, so that the tests' environment stays small. An environment is made once for
+each lock and Python, and kept.
 """
 
 from __future__ import annotations
@@ -13,18 +13,18 @@ from pathlib import Path
 
 from tests.support import npm
 
-LOCK = Path(__file__).parents[2] / "requirements-clients.lock"
+ROOT = Path(__file__).parents[2]
 UNREACHABLE = ("NewConnectionError", "NameResolutionError", "ConnectTimeoutError", "ProxyError")
 
 
-def installed() -> Path | None:
-    """The environment's Python; None where the packages are missing and no registry can be reached."""
-    digest = hashlib.sha256(LOCK.read_bytes() + sys.version.encode()).hexdigest()[:12]
+def installed(lock: str = "requirements-clients.lock") -> Path | None:
+    """A lock's Python; None where the packages are missing and no registry can be reached."""
+    digest = hashlib.sha256((ROOT / lock).read_bytes() + sys.version.encode()).hexdigest()[:12]
     folder = npm.CACHE / f"python-{digest}"
     python, done = folder / "bin" / "python", folder / "installed"
     if not done.exists():
         subprocess.run([sys.executable, "-m", "venv", "--clear", folder], check=True)
-        command = [python, "-m", "pip", "install", "-q", "--require-hashes", "-r", LOCK]
+        command = [python, "-m", "pip", "install", "-q", "--require-hashes", "-r", ROOT / lock]
         pip = subprocess.run(command, capture_output=True, text=True, timeout=1800, check=False)
         if pip.returncode and any(sign in pip.stderr for sign in UNREACHABLE):
             return None

@@ -40,9 +40,16 @@ class Lease:
         account.open += 1
 
     def resize(self, size: int, *, refuse: bool = True) -> None:
-        """Hold `size` bytes from now on. Raises BUSY if that is more than before and over the limit."""
+        """Hold `size` bytes from now on.
+
+        Raises BUSY if that is more than before and over the limit; TOO_LARGE if it is so by itself.
+        """
         account, grown = self._account, size - self.bytes
         if refuse and grown > 0 and account.held + grown > account.limit:
+            if size > account.limit:
+                raise PenstockError(
+                    Kind.TOO_LARGE, "The request takes more than the server's --front-memory."
+                )
             raise PenstockError(Kind.BUSY, "The server is busy; retry in a moment.", retry_after=2)
         account.held += grown
         self.bytes = size

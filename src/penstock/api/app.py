@@ -14,7 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import chat, completions, messages, metrics, models, responses, status
+from penstock.api import chat, completions, messages, metrics, models, responses, status, tokens
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service
@@ -33,6 +33,8 @@ ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/v1/messages": ("POST", messages.create),
     "/v1/messages/count_tokens": ("POST", messages.count),
     "/v1/responses": ("POST", responses.create),
+    "/tokenize": ("POST", tokens.tokenize),
+    "/detokenize": ("POST", tokens.detokenize),
     "/v1/models": ("GET", models.listed),
     "/models": ("GET", models.listed),
     "/v1/models/{id:path}": ("GET", models.one),
@@ -70,8 +72,7 @@ async def _not_found(scope: Scope, receive: Receive, send: Send) -> None:
 
 def create_app(service: Service, options: Options) -> ASGIApp:
     """The application. `service` may still lack its text parts; requests wait for them."""
-    keys = [options.api_key] if options.api_key else []
-    gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, keys)
+    gate = Gate(options.host, options.allowed_hosts, options.allowed_origins, options.api_key)
     routes = [Route(path, _Endpoint(service, *served)) for path, served in ENDPOINTS.items()]
     router = Router(routes, redirect_slashes=False, default=_not_found)
 

@@ -24,6 +24,8 @@ ON_POOL = 256_000
 """Bodies longer than this many bytes are decoded off the event loop."""
 PREPARING = 8
 """Bytes held per byte of body while it is decoded, rendered and tokenised (measured about 6 for chat)."""
+PER_SIGN = {b"{": 512, b"[": 512, b",": 64}
+"""And per sign that may begin a value: a body of small messages becomes 27 times its size (measured)."""
 NAME_WITHIN = 1_000_000
 """How far into a malformed body the field at fault is looked for, in bytes."""
 
@@ -47,6 +49,7 @@ async def read_request(
             body = await _read(exchange, lease)
     except TimeoutError:
         raise PenstockError(Kind.TIMEOUT, f"The request's body did not arrive in {seconds:g} s.") from None
+    lease.resize(len(body) * PREPARING + sum(body.count(sign) * size for sign, size in PER_SIGN.items()))
     if len(body) <= ON_POOL:
         return decode(body, kind)
     return await asyncio.get_running_loop().run_in_executor(pool, decode, body, kind)

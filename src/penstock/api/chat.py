@@ -16,7 +16,7 @@ from penstock.api import params
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
 from penstock.api.renderer import OpenAIRenderer, encode
-from penstock.api.schema import ChatRequest
+from penstock.api.schema import MAX_TOOLS_SIZE, ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
 from penstock.supervisor.ticket import Progress
@@ -67,6 +67,8 @@ def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, 
             if tool.function is None:
                 raise params.invalid(f"tools[{at}].function", "this field is required.")
             kept.append(written)
+    if len(encode(kept)) > MAX_TOOLS_SIZE:
+        raise params.invalid("tools", f"all tools together are limited to {MAX_TOOLS_SIZE:,} bytes.")
     return kept or None
 
 

@@ -34,6 +34,8 @@ class Exchange:
         self.path: str = scope["path"]
         self.id = secrets.token_hex(12)
         self.name = self.id[:8]
+        self.namespace = ""
+        """The prompt cache that it may see: its key's."""
         self.status = 0
         self.started = False
         self.complete = False

@@ -6,21 +6,20 @@ open and close, one at a time. Invariant: a stream's blocks are numbered without
 
 from __future__ import annotations
 
-import asyncio
-from functools import partial
 from typing import Any
 
 import msgspec
 
-from penstock.api import anthropic, chat, params
+from penstock.api import anthropic, chat
 from penstock.api.anthropic import CountRequest, MessagesRequest
-from penstock.api.body import read_request
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Piece, Plan
 from penstock.api.renderer import Renderer, encode
 from penstock.api.service import Service
 from penstock.api.sse import respond
+from penstock.api.tokens import by_the_front
 from penstock.errors import PenstockError
+from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
@@ -38,15 +37,13 @@ async def prepare(service: Service, raw: dict[str, Any], request: MessagesReques
 
 async def count(service: Service, exchange: Exchange) -> None:
     """POST /v1/messages/count_tokens: the prompt's length in tokens. The engine is not asked."""
-    with service.admission.lease() as lease:
-        _, request = await read_request(exchange, lease, CountRequest, service.pool, service.timing.body)
-        with exchange.ends_with_client():
-            params.check_model(request.model, service.served_names, service.strict_model_names)
-            raw, asked = anthropic.as_chat(request)
-            text = await service.wait_text()
-            counting = partial(chat.prompt_ids, text, raw["messages"], chat.function_tools(raw, asked), asked)
-            ids, _ = await asyncio.get_running_loop().run_in_executor(service.pool, counting)
-            await exchange.respond_json(200, {"input_tokens": len(ids)})
+    await by_the_front(service, exchange, CountRequest, _counted)
+
+
+def _counted(text: TextParts, _: dict[str, Any], request: CountRequest) -> dict[str, Any]:
+    raw, asked = anthropic.as_chat(request)
+    ids, _prompt = chat.prompt_ids(text, raw["messages"], chat.function_tools(raw, asked), asked)
+    return {"input_tokens": len(ids)}
 
 
 class MessagesRenderer(Renderer):

@@ -7,9 +7,22 @@ from typing import Any
 import msgspec
 from msgspec import Struct
 
+from penstock.api import params
 from penstock.api.anthropic import CountRequest, MessagesRequest
 from penstock.api.responses_request import ResponsesRequest
-from penstock.api.schema import ChatRequest, CompletionRequest
+from penstock.api.schema import Asked, ChatRequest, CompletionRequest
+from penstock.api.tokens import DetokenizeRequest, TokenizeRequest
+
+BODIES: dict[str, tuple[type[Asked], str]] = {
+    "/v1/chat/completions": (ChatRequest, "Chat completion"),
+    "/v1/completions": (CompletionRequest, "Text completion"),
+    "/v1/messages": (MessagesRequest, "Anthropic's Messages"),
+    "/v1/messages/count_tokens": (CountRequest, "A prompt's length in tokens"),
+    "/v1/responses": (ResponsesRequest, "OpenAI's Responses"),
+    "/tokenize": (TokenizeRequest, "A text's or a chat's token ids"),
+    "/detokenize": (DetokenizeRequest, "The text of token ids"),
+}
+"""What is posted, by path."""
 
 
 class ErrorDetail(Struct):
@@ -23,47 +36,60 @@ class ErrorBody(Struct):
     error: ErrorDetail
 
 
-def _operation(summary: str, body: dict[str, Any] | None, answer: str = "The answer") -> dict[str, Any]:
-    error = {"application/json": {"schema": {"$ref": "#/components/schemas/ErrorBody"}}}
-    operation: dict[str, Any] = {
-        "summary": summary,
-        "responses": {"200": {"description": answer}, "default": {"description": "Error", "content": error}},
-    }
-    if body is not None:
-        operation["requestBody"] = {"required": True, "content": {"application/json": {"schema": body}}}
-    return operation
+class MessagesErrorDetail(Struct):
+    type: str
+    message: str
+
+
+class MessagesErrorBody(Struct):
+    type: str
+    error: MessagesErrorDetail
+
+
+def _operation(summary: str, answer: str = "The answer", body: type[Struct] = ErrorBody) -> dict[str, Any]:
+    error = {"application/json": {"schema": {"$ref": f"#/components/schemas/{body.__name__}"}}}
+    told = {"200": {"description": answer}, "default": {"description": "Error", "content": error}}
+    return {"summary": summary, "responses": told}
+
+
+def _post(kind: type[Asked], summary: str, schema: dict[str, Any]) -> dict[str, Any]:
+    streams = "stream" in kind.__struct_fields__
+    answer = "JSON, or server-sent events with `stream`" if streams else "The answer"
+    body = {"required": True, "content": {"application/json": {"schema": schema}}}
+    error = MessagesErrorBody if issubclass(kind, CountRequest) else ErrorBody
+    return {"post": _operation(summary, answer, error) | {"requestBody": body}}
 
 
 def openapi(version: str) -> dict[str, Any]:
     """The OpenAPI 3.1 document, generated from the structs above."""
-    bodies = [ChatRequest, CompletionRequest, MessagesRequest, CountRequest, ResponsesRequest, ErrorBody]
-    (chat, completion, message, count, response, _), components = msgspec.json.schema_components(
-        bodies, ref_template="#/components/schemas/{name}"
+    kinds = [kind for kind, _ in BODIES.values()]
+    schemas, components = msgspec.json.schema_components(
+        [*kinds, ErrorBody, MessagesErrorBody], ref_template="#/components/schemas/{name}"
     )
-    reply = "JSON, or server-sent events with `stream`"
-    one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     since = {"name": "since", "in": "query", "schema": {"type": "number"}}
+    for schema in components.values():  # what a field may hold whose feature is not there
+        for name in params.UNSUPPORTED.keys() & schema.get("properties", {}).keys():
+            accepted, why = params.UNSUPPORTED[name]
+            schema["properties"][name] |= {"enum": list(accepted), "description": why}
+    posts = zip(BODIES.items(), schemas, strict=False)
+    one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "Penstock", "version": version},
         "paths": {
-            "/v1/chat/completions": {"post": _operation("Chat completion", chat, reply)},
-            "/v1/completions": {"post": _operation("Text completion", completion, reply)},
-            "/v1/messages": {"post": _operation("Anthropic's Messages", message, reply)},
-            "/v1/messages/count_tokens": {"post": _operation("A prompt's length in tokens", count)},
-            "/v1/responses": {"post": _operation("OpenAI's Responses", response, reply)},
-            "/v1/models": {"get": _operation("The models served", None)},
-            "/v1/models/{id}": {"get": _operation("One model", None) | {"parameters": [one]}},
-            "/v1/status": {"get": _operation("Memory by owner, requests, cache, events", None)},
+            **{path: _post(kind, summary, schema) for (path, (kind, summary)), schema in posts},
+            "/v1/models": {"get": _operation("The models served")},
+            "/v1/models/{id}": {"get": _operation("One model") | {"parameters": [one]}},
+            "/v1/status": {"get": _operation("Memory by owner, requests, cache, events")},
             "/v1/status/history": {
-                "get": _operation("A sample a second of the last ten minutes", None) | {"parameters": [since]}
+                "get": _operation("A sample a second of the last ten minutes") | {"parameters": [since]}
             },
             "/v1/requests/{id}/cancel": {
-                "post": _operation("End a request; its client gets an error", None) | {"parameters": [one]}
+                "post": _operation("End a request; its client gets an error") | {"parameters": [one]}
             },
-            "/v1/cache/clear": {"post": _operation("Drop all cached prefixes; requests go on", None)},
-            "/metrics": {"get": _operation("Prometheus' text format", None)},
-            "/health": {"get": _operation("200 when ready, else 503 with the state", None)},
+            "/v1/cache/clear": {"post": _operation("Drop all cached prefixes; requests go on")},
+            "/metrics": {"get": _operation("Prometheus' text format")},
+            "/health": {"get": _operation("200 when ready, else 503 with the state")},
         },
         "components": {"schemas": components},
     }

@@ -7,7 +7,7 @@ mlx_lm.server's. A field whose feature we lack is refused by name if ignoring it
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 from penstock import wire
@@ -23,7 +23,7 @@ GREEDY_BELOW = 1e-5
 _LIMITS = {"temperature": 100.0, "top_p": 1.0, "min_p": 1.0, "top_k": 1e9, "repetition_penalty": 100.0}
 
 
-_UNSUPPORTED: dict[str, tuple[Container[Any], str]] = {
+UNSUPPORTED: dict[str, tuple[Collection[Any], str]] = {
     "adapters": ((None,), "adapters can't be chosen by a request."),
     "draft_model": ((None, "default_model"), "draft models are not supported."),
     "response_format": ((None,), "only {'type': 'text'} is supported."),
@@ -33,6 +33,9 @@ _UNSUPPORTED: dict[str, tuple[Container[Any], str]] = {
     "modalities": ((None, [], ["text"]), "only ['text'] is supported."),
     "echo": ((None, False), "echoing the prompt is not supported."),
     "suffix": ((None, ""), "filling in before a suffix is not supported."),
+    "parse_special": ((None, True), "special tokens in a text are always read as such."),
+    "with_pieces": ((None, False), "tokens are given as ids only."),
+    "return_token_strs": ((None, False), "tokens are given as ids only."),
     "best_of": ((None, 1), "only 1 is supported; n gives several answers."),
 }
 """What a field may hold whose feature we lack, and what is said of the rest."""
@@ -47,8 +50,10 @@ def refuse(request: Sampled) -> None:
     """Raise UNSUPPORTED_FIELD for what would change the answer and isn't done."""
     form = request.response_format
     text = isinstance(form, dict) and form.get("type") == "text"
-    for param, (accepted, message) in _UNSUPPORTED.items():
-        if getattr(request, param, None) not in accepted and not (text and param == "response_format"):
+    for param, (accepted, message) in UNSUPPORTED.items():
+        value = getattr(request, param, None)
+        known = value in accepted and type(value) in map(type, accepted)  # 0 is not false
+        if not known and not (text and param == "response_format"):
             raise PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
 
 

@@ -59,7 +59,9 @@ class ResponsesRenderer(Renderer):
         self._id, self._names, self._encrypted = id, plan.echo.names, plan.echo.encrypted
         sampling = plan.jobs[0].sampling
         begun = {"object": "response", "created_at": int(time.time()), "status": "in_progress", "output": []}
-        fixed = {"store": False, "background": False, "truncation": "disabled"}
+        fixed: Json = {"store": False, "background": False, "truncation": "disabled"}
+        fixed |= {"service_tier": "default", "top_logprobs": 0}
+        fixed |= {"presence_penalty": 0.0, "frequency_penalty": 0.0, "completed_at": None}
         fixed |= dict.fromkeys(("error", "incomplete_details", "previous_response_id", "usage"))
         about = {"model": model, "temperature": sampling.temperature, "top_p": sampling.top_p}
         self._response: Json = {"id": f"resp_{id}", **begun, **fixed, **about, **plan.echo.fields}
@@ -118,7 +120,8 @@ class ResponsesRenderer(Renderer):
         status = self._status()
         self._close(status)
         details = {"reason": "max_output_tokens"} if status == "incomplete" else None
-        ended = {"status": status, "incomplete_details": details, "output": self._output}
+        at = int(time.time()) if status == "completed" else None
+        ended = {"status": status, "completed_at": at, "incomplete_details": details, "output": self._output}
         return {**self._response, **ended, "usage": _usage(usage)}
 
     def _status(self) -> str:

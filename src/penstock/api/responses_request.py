@@ -35,7 +35,8 @@ _UNSUPPORTED = {
 _TEXTS = ("input_text", "output_text", "text", "reasoning_text", "summary_text", "refusal")
 _FORMS: Json = {"reasoning": {"effort": None, "summary": None}, "text": {"format": {"type": "text"}}}
 _CHOICES: Json = {"metadata": {}, "parallel_tool_calls": True, "tool_choice": "auto", "tools": []}
-_REPEATED = {"instructions": None, "max_output_tokens": None, "user": None, **_CHOICES, **_FORMS}
+_NAMED = ("instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier")
+_REPEATED = {**dict.fromkeys(_NAMED), "user": None, **_CHOICES, **_FORMS}
 """What an answer repeats of its request, and what it says where the request said nothing."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=127)]
@@ -116,6 +117,7 @@ class Echo:
 def echo(raw: Json, request: ResponsesRequest) -> Echo:
     """What the answer will say of this request; `raw` is its body."""
     fields = {key: usual if raw.get(key) is None else raw[key] for key, usual in _REPEATED.items()}
+    fields |= {key: {**usual, **fields[key]} for key, usual in _FORMS.items()}
     known = _functions(request.tools or []).items()
     names = {name: (space, tool.name or "") for name, (space, tool) in known if space}
     return Echo(fields, names, "reasoning.encrypted_content" in (request.include or []))

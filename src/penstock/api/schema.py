@@ -15,6 +15,7 @@ MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 4096
 MAX_TOP_LOGPROBS = 20
+MAX_TOOLS_SIZE = 4_000_000
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 LARGEST = 2**63 - 1

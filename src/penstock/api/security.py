@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from penstock.api.exchange import Exchange, Header
 from penstock.errors import Kind, PenstockError
 
+KEYED_CACHE = b"penstock cache"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WILDCARDS = ("0.0.0.0", "::", "")
 OPEN_PATHS = ("/health",)
@@ -28,6 +29,11 @@ def host_name(authority: str) -> str:
     return text.partition(":")[0].rstrip(".")
 
 
+def cache_of(key: str) -> str:
+    """The name of a key's prompt cache: the key can't be had from it, nor from what else is kept of it."""
+    return hashlib.blake2b(key.encode(), digest_size=16, person=KEYED_CACHE).hexdigest()
+
+
 class Gate:
     """The rules made from the options, applied to one exchange at a time."""
 
@@ -40,10 +46,13 @@ class Gate:
         )
         self._hosts = frozenset((*LOOPBACK, *own, *named))
         self._origins = frozenset(origin.lower().rstrip("/") for origin in allowed_origins)
-        self._keys = [hashlib.sha256(key.encode()).digest() for key in keys]
+        self._keys = [(hashlib.sha256(key.encode()).digest(), cache_of(key)) for key in keys]
 
     def admit(self, exchange: Exchange) -> None:
-        """Adds the CORS headers the exchange is entitled to. Raises the FORBIDDEN kinds or UNAUTHORIZED."""
+        """Adds the CORS headers the exchange is entitled to, and names its key's cache.
+
+        Raises the FORBIDDEN kinds or UNAUTHORIZED.
+        """
         hosts = [value.decode("latin-1") for value in exchange.header_values(b"host")]
         local = (exchange.scope.get("server") or ("",))[0].lower()
         for host in hosts or [""]:
@@ -75,8 +84,10 @@ class Gate:
         scheme, _, token = exchange.header(b"authorization").strip().partition(b" ")
         given = token.strip() if scheme.lower() == b"bearer" else exchange.header(b"x-api-key").strip()
         digest = hashlib.sha256(given).digest()
-        if not given or not any([hmac.compare_digest(digest, key) for key in self._keys]):  # noqa: C419
+        known = [cache for key, cache in self._keys if hmac.compare_digest(digest, key)]
+        if not given or not known:
             raise PenstockError(Kind.UNAUTHORIZED, "A valid API key is needed: 'Authorization: Bearer KEY'.")
+        exchange.namespace = known[0]
 
     @staticmethod
     def preflight_headers(exchange: Exchange) -> list[Header]:

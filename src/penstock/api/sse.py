@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from typing import Any
 
 from penstock import log
@@ -137,6 +138,7 @@ async def respond(
         with exchange.ends_with_client():
             params.check_model(request.model, service.served_names, service.strict_model_names)
             plan = await prepare(service, raw, request)
+            plan = replace(plan, jobs=[replace(job, namespace=exchange.namespace) for job in plan.jobs])
             del raw, request
             lease.resize(sum(4 * len(job.prompt) + UNSENT * job.n for job in plan.jobs) + plan.retained)
             renderer = make_renderer(exchange.id, service.model_name, plan)

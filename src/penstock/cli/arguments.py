@@ -102,9 +102,10 @@ def as_toml(resolved: config.Resolved) -> str:
     lines = []
     for option in config.listed():
         value, source = getattr(resolved.options, option.name), resolved.sources.get(option.name, "default")
-        if option.metadata.get("secret") and value is not None:
+        secret = option.metadata.get("secret")
+        if secret and value:
             lines.append(f"# {option.name} is set by {source}")
-        elif value is None:
+        elif value is None or secret:
             lines.append(f"# {option.name} is not set: {option.metadata.get('unset', 'none')}")
         else:
             size = f" = {gigabytes(value)}" if option.metadata["form"] is config.SIZE else ""

@@ -9,7 +9,10 @@ from __future__ import annotations
 import argparse
 import ipaddress
 import os
+import stat
 import sys
+from dataclasses import replace
+from pathlib import Path
 
 from penstock import config, log, models, platform
 from penstock.cli import arguments
@@ -25,7 +28,8 @@ def run(asked: argparse.Namespace) -> int:
         if asked.print_config:
             sys.stdout.write(arguments.as_toml(resolved))
             return 0
-        examine(resolved.options)
+        options = with_key_file(resolved.options)
+        examine(options)
     except (StartProblem, config.ConfigError) as problem:
         print(f"penstock: {problem}", file=sys.stderr)
         return getattr(problem, "exit_code", 2)
@@ -33,6 +37,8 @@ def run(asked: argparse.Namespace) -> int:
     log.setup(options.log_level, form=options.log_format)
     for name in config.unknown_variables(os.environ):
         log.logger.warning(f"{name} is set, but there is no such option.")
+    if options.api_key_file and others_can_read(options.api_key_file):
+        log.logger.warning(f"{options.api_key_file} holds API keys, and others can read it: chmod 600 it.")
     from penstock import front
 
     return front.run(options)
@@ -46,10 +52,13 @@ def examine(options: config.Options) -> None:
         raise StartProblem(choices(models.found_in_cache()))
     if options.demo and options.model is not None:
         raise StartProblem("--demo and a model exclude each other: take one of them away.")
-    if options.api_key is None and not is_loopback(options.host):
-        raise StartProblem(f"--host {options.host} can be reached from other machines: set --api-key too.")
-    if options.api_key == "":
-        raise StartProblem("--api-key is empty: give a key, or leave it away.")
+    if not (options.api_key or options.keyless or is_loopback(options.host)):
+        raise StartProblem(
+            f"--host {options.host} can be reached from other machines: set --api-key or --api-key-file, "
+            "or let everybody in with --keyless."
+        )
+    if options.api_key and options.keyless:
+        raise StartProblem("--keyless and API keys exclude each other: take one of them away.")
     if sentence := platform.backend_problem():
         raise StartProblem(sentence)
     try:
@@ -61,6 +70,32 @@ def examine(options: config.Options) -> None:
         platform.listen(options.host, options.port).close()
     except ValueError as pretended:
         raise StartProblem(f"{pretended}.") from None
+
+
+def with_key_file(options: config.Options) -> config.Options:
+    """The options with the keys of the key file among their own. Raises StartProblem; never names a key."""
+    name = options.api_key_file
+    if name is None:
+        return options
+    try:
+        lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is no UTF-8 text"
+        raise StartProblem(f"--api-key-file {name} cannot be read: {reason}.") from None
+    numbered = [(at, text) for at, line in enumerate(lines, 1) if (text := line.strip()) and text[0] != "#"]
+    for at, text in numbered:
+        if not config.KEY.fullmatch(text):
+            raise StartProblem(
+                f"--api-key-file {name}, line {at}: a key is visible ASCII, no space or comma."
+            )
+    if not numbered:
+        raise StartProblem(f"--api-key-file {name} holds no key.")
+    return replace(options, api_key=(*options.api_key, *(text for _, text in numbered)))
+
+
+def others_can_read(name: str) -> bool:
+    """Whether other users of this machine may read a file."""
+    return bool(Path(name).expanduser().stat().st_mode & (stat.S_IRGRP | stat.S_IROTH))
 
 
 def is_loopback(host: str) -> bool:

@@ -66,6 +66,7 @@ class Entry:
             max_tokens=job.max_tokens,
             min_tokens=job.min_tokens,
             ignore_eos=job.ignore_eos,
+            namespace=job.namespace,
             borders=list(job.borders),
             turn=job.turn,
             stops=job.stops,

@@ -65,6 +65,7 @@ class EngineProcess:
         self._over = False
         self._last_words: deque[str] = deque(maxlen=TAIL_LINES)
         environment = engine_environment(os.environ if environment is None else environment)
+        environment.pop("PENSTOCK_API_KEY", None)  # the engine may run a model's own code
         environment |= {"PYTHONFAULTHANDLER": "1", "PENSTOCK_ENGINE_EPOCH": str(epoch)}
         self.page = Page.create()
         self.socket, theirs = socket.socketpair()

@@ -8,6 +8,7 @@ relabels turns where they stand, so a longer conversation still begins with the 
 from __future__ import annotations
 
 import json
+from itertools import takewhile
 from typing import Any
 
 from penstock.errors import Kind, PenstockError
@@ -72,14 +73,13 @@ def _call(call: Any) -> Any:
 
 def tag_late_systems(messages: list[Message]) -> list[Message]:
     """Leading system messages joined into one; a later one, in place, as a user turn that says what it is."""
-    mended: list[Message] = []
-    for message in messages:
-        if message["role"] != "system":
-            mended.append(message)
-        elif all(earlier["role"] == "system" for earlier in mended):
-            mended = [_joined(mended[0], message)] if mended else [message]
-        else:
+    leading = list(takewhile(lambda message: message["role"] == "system", messages))
+    mended = [_joined(leading)] if leading else []
+    for message in messages[len(leading) :]:
+        if message["role"] == "system":
             mended.append({"role": "user", "content": f"<system>\n{message['content']}\n</system>"})
+        else:
+            mended.append(message)
     return mended
 
 
@@ -88,19 +88,21 @@ def join_turns(messages: list[Message]) -> list[Message]:
 
     For templates that know no system role or insist on user and assistant in turn.
     """
-    mended: list[Message] = []
+    groups: list[list[Message]] = []
     for message in tag_late_systems(messages):
         turn = {**message, "role": "user"} if message["role"] == "system" else message
-        previous = mended[-1]["role"] if mended else None
-        if turn["role"] == "user" and previous in ("user", "tool"):
-            mended[-1] = _joined(mended[-1], turn)
+        if groups and turn["role"] == "user" and groups[-1][0]["role"] in ("user", "tool"):
+            groups[-1].append(turn)
         else:
-            mended.append(turn)
-    return mended
+            groups.append([turn])
+    return [_joined(group) for group in groups]
 
 
-def _joined(first: Message, second: Message) -> Message:
-    return {**first, "content": "\n\n".join(part for part in (first["content"], second["content"]) if part)}
+def _joined(turns: list[Message]) -> Message:
+    """The first, with the texts of all."""
+    if len(turns) == 1:
+        return turns[0]
+    return {**turns[0], "content": "\n\n".join(turn["content"] for turn in turns if turn["content"])}
 
 
 DEFAULT_ROLES = {

@@ -52,7 +52,7 @@ class ChatTemplate:
     """
 
     def __init__(self, sources: dict[str, str], tokens: dict[str, str] | None = None) -> None:
-        sandbox = environment()
+        sandbox = self._sandbox = environment()
         try:
             self._templates = {name: sandbox.from_string(source) for name, source in sources.items()}
         except jinja2.TemplateError as error:
@@ -113,12 +113,13 @@ class ChatTemplate:
         if self._takes_late_system or not any(turn["role"] == "system" for turn in turns[1:]):
             attempts.insert(0, turns)
         refusals = []
-        for number, attempt in enumerate(attempts):
-            if attempt not in attempts[:number]:
-                try:
-                    return self._render(attempt, scope)
-                except PenstockError as error:
-                    refusals.append(error)
+        with self._sandbox.limited():
+            for number, attempt in enumerate(attempts):
+                if attempt not in attempts[:number]:
+                    try:
+                        return self._render(attempt, scope)
+                    except PenstockError as error:
+                        refusals.append(error)
         raise refusals[0]
 
     def _render(self, messages: list[Message], scope: dict[str, Any]) -> str:
@@ -146,7 +147,8 @@ class ChatTemplate:
             {"role": "user", "content": "probe-last"},
         ]
         try:
-            text = self._render(probe, {"tools": None, "add_generation_prompt": True})
+            with self._sandbox.limited():
+                text = self._render(probe, {"tools": None, "add_generation_prompt": True})
         except PenstockError:
             return False
         return text.find("probe-answer") < text.find("probe-late") < text.find("probe-last")

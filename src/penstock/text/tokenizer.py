@@ -115,9 +115,9 @@ class Tokenizer:
             "I", self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
         )
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of `ids`, special tokens skipped, incomplete characters as U+FFFD."""
-        return self._backend.decode(list(ids), skip_special_tokens=True)
+    def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of `ids`, incomplete characters as U+FFFD."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special_tokens)
 
     def token_bytes(self, id: int) -> bytes:
         """The bytes that one id stands for; a special token's are its name's, an unknown id's are none."""
