@@ -92,10 +92,11 @@ def _served(url: str | None, model: str, trusted: bool) -> Iterator[Finding]:
 
     key, running = os.environ.get("OPENAI_API_KEY"), []
     try:
-        options = arguments.resolved(arguments.nothing_asked(), os.environ).options
+        options = serve.with_key_file(arguments.resolved(arguments.nothing_asked(), os.environ).options)
+        key = key or next(iter(options.api_key), None)
         if url or platform.port_holder(options.port):
             here = url or f"http://127.0.0.1:{options.port}/v1"
-            running = list(examine.server(here, key or options.api_key))
+            running = list(examine.server(here, key))
         ours = any(finding.what.startswith("penstock ") for finding in running)
         yield from running if url or ours else ()
         if ours:

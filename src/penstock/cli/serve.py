@@ -33,7 +33,6 @@ def run(asked: argparse.Namespace) -> int:
     except (StartProblem, config.ConfigError) as problem:
         print(f"penstock: {problem}", file=sys.stderr)
         return getattr(problem, "exit_code", 2)
-    options = resolved.options
     log.setup(options.log_level, form=options.log_format)
     for name in config.unknown_variables(os.environ):
         log.logger.warning(f"{name} is set, but there is no such option.")
