@@ -160,8 +160,9 @@ def test_errors_have_anthropics_shape_and_words(server: Server, client: anthropi
     assert refused.status_code == 400
     assert "messages[0].content[0]" in refused.json()["error"]["message"]
     assert refused.json()["type"] == "error"
-    forced = post(server, messages=USER, tools=TOOLS, tool_choice={"type": "any"})
-    assert (forced.status_code, "tool_choice" in forced.json()["error"]["message"]) == (400, True)
+    for choice in ({"type": "any"}, {"type": "tool"}, {"type": "tool", "name": "no"}, {"type": "x"}):
+        forced = post(server, messages=USER, tools=TOOLS if "name" in choice else [], tool_choice=choice)
+        assert (forced.status_code, "tool_choice" in forced.json()["error"]["message"]) == (400, True)
     missing = post(server, max_tokens=3)
     assert (missing.status_code, "messages" in missing.json()["error"]["message"]) == (400, True)
     server.backend.script = fail(Kind.BUSY, "busy, retry")

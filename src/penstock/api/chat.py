@@ -12,16 +12,18 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from penstock.api import params
+from penstock.api import params, structured
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
 from penstock.api.renderer import OpenAIRenderer, encode
 from penstock.api.schema import ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
+from penstock.api.structured import Asked
 from penstock.supervisor.ticket import Progress
 from penstock.text import borders
 from penstock.text.assembler import Assembler, Delta, TokenLogprob
+from penstock.text.grammar import forced
 from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
 
@@ -39,16 +41,19 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
     tools = function_tools(raw, request)
-    encoding = partial(_encode, text, raw["messages"], tools, request)
-    ids, in_reasoning, edges, turn = await asyncio.get_running_loop().run_in_executor(service.pool, encoding)
+    asked = structured.asked(request, tools)
+    encoding = partial(_encode, text, raw["messages"], tools, request, asked)
+    ids, in_reasoning, edges, turn, grammar = await asyncio.get_running_loop().run_in_executor(
+        service.pool, encoding
+    )
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
-    job = replace(job, borders=edges, turn=turn)
+    job = replace(job, borders=edges, turn=turn, grammar=grammar)
     assembler = partial(
         Assembler,
         text.tokenizer,
         stops=stops,
         reasoning=text.reasoning,
-        tools=text.tools if tools else None,
+        tools=(forced(text.tools) if asked else text.tools) if tools else None,
         tool_schemas=tools,
         in_reasoning=in_reasoning,
     )
@@ -71,17 +76,19 @@ def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, 
 
 
 def _encode(
-    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
-) -> tuple[array[int], bool, list[int], int | None]:
-    """Ids up to where the answer starts, whether that is inside reasoning, and where messages begin.
+    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest, asked: Asked
+) -> tuple[array[int], bool, list[int], int | None, str]:
+    """Ids up to where the answer starts, whether that is inside reasoning, where messages begin, the grammar.
 
     On the pool: it is slow.
     """
     ids, prompt = prompt_ids(text, messages, tools, request)
     inside = text.reasoning is not None and text.reasoning.starts_in_reasoning(prompt)
+    closed = text.reasoning is not None and prompt.rstrip().endswith(text.reasoning.end)
+    grammar = asked.grammar(text, None if closed else inside)
     render = partial(_render, text, tools=tools, request=request)
     edges, turn = borders.found(ids, prompt, text.markers, text.tokenizer, messages, render)
-    return ids, inside, edges, turn
+    return ids, inside, edges, turn, grammar
 
 
 def prompt_ids(

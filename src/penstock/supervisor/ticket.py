@@ -36,6 +36,8 @@ class Job:
     """Position where the next turn is expected to leave the prompt."""
     stops: bool = False
     """Whether a stop string may end it."""
+    grammar: str = ""
+    """What the answer may be, as `wire.Submit` has it."""
     seed: int | None = None
     """The client's seed. None: `sampling.seed` if that is not 0, else one is drawn."""
 
