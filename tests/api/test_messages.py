@@ -216,3 +216,21 @@ def test_the_key_may_come_in_anthropics_header() -> None:
         refused = client.post("/v1/messages", json=body, headers={"x-api-key": "no"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert client.post("/v1/messages", json=body, headers={"x-api-key": "secret"}).is_success
+
+
+def test_a_call_streams_as_it_is_written(server: Server, client: anthropic.Anthropic) -> None:
+    """Several fragments of one block, which the package joins; a cut one is no tool_use."""
+    inner = '{"name": "read", "arguments": {"path": "abcdefgh"}}'
+    server.backend.script = say([261], *inner, [262])
+    with client.messages.stream(model="m", max_tokens=99, messages=USER, tools=TOOLS) as stream:
+        kinds = [event.type for event in stream]
+        message = stream.get_final_message()
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 1
+    assert kinds.count("input_json") > 5
+    assert (message.stop_reason, message.content[0].type) == ("tool_use", "tool_use")
+    assert message.content[0].input == {"path": "abcdefgh"}
+    server.backend.script = say([261], *inner, [262])
+    with client.messages.stream(model="m", max_tokens=40, messages=USER, tools=TOOLS) as stream:
+        stops = [event for event in stream if event.type == "message_stop"]
+        assert stream.get_final_message().stop_reason == "max_tokens"
+    assert len(stops) == 1

@@ -1,4 +1,4 @@
-"""Structured output end to end: the demo model behind `penstock serve`, asked through the `openai` package."""
+"""Structured output end to end: the demo model behind `penstock serve`, asked by the `openai` package."""
 
 from __future__ import annotations
 

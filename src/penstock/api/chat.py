@@ -23,6 +23,7 @@ from penstock.api.structured import Asked
 from penstock.supervisor.ticket import Progress
 from penstock.text import borders
 from penstock.text.assembler import Assembler, Delta, TokenLogprob
+from penstock.text.calls import CallPart
 from penstock.text.grammar import forced
 from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
@@ -36,7 +37,6 @@ async def create(service: Service, exchange: Exchange) -> None:
 async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -> Plan:
     """Everything up to the ids. Raises PenstockError for what can be refused."""
     params.refuse(request)
-    stops = params.stops(request)
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
@@ -47,15 +47,19 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
         service.pool, encoding
     )
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
-    job = replace(job, borders=edges, turn=turn, grammar=grammar)
+    stops = job.stops or not asked.several
+    job = replace(job, borders=edges, turn=turn, grammar=grammar, stops=stops)
     assembler = partial(
         Assembler,
         text.tokenizer,
-        stops=stops,
+        stops=params.stops(request),
         reasoning=text.reasoning,
         tools=(forced(text.tools) if asked else text.tools) if tools else None,
         tool_schemas=tools,
         in_reasoning=in_reasoning,
+        stream_calls=bool(request.stream),
+        single_call=not asked.several,
+        settled=asked.schema is not None,
     )
     return params.plan(
         request, [job], assembler, len(encode(tools)) * 4 if tools else 0, in_reasoning=in_reasoning
@@ -127,13 +131,13 @@ class ChatRenderer(OpenAIRenderer):
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """Text alone, or all fields that something came for."""
-        if not (delta.reasoning or delta.tool_calls or delta.logprobs):
-            return self._text_heads[index] + encode(delta.content) + self._text_tail
+        if not (delta.reasoning or delta.call_parts or delta.logprobs):
+            return self._text_heads[index] + encode(delta.content) + self._text_tail if delta.content else b""
         fields: dict[str, Any] = _reasoning(delta)
         if delta.content:
             fields["content"] = delta.content
-        if delta.tool_calls:
-            fields["tool_calls"] = [{"index": call.index, **_tool_call(call)} for call in delta.tool_calls]
+        if delta.call_parts:
+            fields["tool_calls"] = [_call_part(part) for part in delta.call_parts]
         return self.chunk(index, encode(fields), encode(self.logprobs(index, delta.logprobs)))
 
     def progress(self, progress: Progress, cached: int, milliseconds: float) -> bytes:
@@ -159,6 +163,12 @@ def _reasoning(delta: Delta) -> dict[str, Any]:
     return {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning} if delta.reasoning else {}
 
 
-def _tool_call(call: ToolCall) -> dict[str, Any]:
+def _call_part(part: CallPart) -> dict[str, Any]:
+    if part.id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **_tool_call(part)}
+
+
+def _tool_call(call: ToolCall | CallPart) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}
