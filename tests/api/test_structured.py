@@ -116,3 +116,14 @@ def test_keywords_that_cannot_be_enforced_pass_where_nobody_is_strict(server: Se
     loose = {"type": "object", "properties": {"a": {"type": "integer", "foo": 1, "not": {"const": 3}}}}
     assert grammar(server, response_format=form(loose))
     assert grammar(server, tools=[{"function": {"name": "f", "parameters": loose}}], tool_choice="required")
+
+
+def test_responses_ask_for_the_same(server: Server) -> None:
+    with server.client() as client:
+        flat = {"type": "json_schema", "name": "answer", "schema": SCHEMA, "strict": True}
+        assert client.post("/v1/responses", json={"input": "hi", "text": {"format": flat}}).status_code == 200
+        assert '"integer"' in server.backend.runs[-1].job.grammar
+        tools = [{"type": "function", "name": "read", "parameters": SCHEMA}]
+        body = {"input": "hi", "tools": tools, "tool_choice": {"type": "function", "name": "read"}}
+        assert client.post("/v1/responses", json=body).status_code == 200
+        assert "read" in server.backend.runs[-1].job.grammar

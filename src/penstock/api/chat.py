@@ -34,8 +34,13 @@ async def create(service: Service, exchange: Exchange) -> None:
     await respond(service, exchange, ChatRequest, prepare, ChatRenderer)
 
 
-async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -> Plan:
-    """Everything up to the ids. Raises PenstockError for what can be refused."""
+async def prepare(
+    service: Service, raw: dict[str, Any], request: ChatRequest, *, stream_calls: bool = True
+) -> Plan:
+    """Everything up to the ids. Raises PenstockError for what can be refused.
+
+    stream_calls: a stream's renderer shows the parts of calls (see `Delta`).
+    """
     params.refuse(request)
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
@@ -57,7 +62,7 @@ async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -
         tools=(forced(text.tools) if asked else text.tools) if tools else None,
         tool_schemas=tools,
         in_reasoning=in_reasoning,
-        stream_calls=bool(request.stream),
+        stream_calls=stream_calls and bool(request.stream),
         single_call=not asked.several,
         settled=asked.schema is not None,
     )

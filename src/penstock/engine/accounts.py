@@ -97,7 +97,7 @@ class Accounts:
         Until `launched` work that would hold more than what is under lease waits for what runs before it.
         """
         lease = self._take(Account.TRANSIENT, transient)
-        self.set_throttle(self.ledger.held)
+        self.set_throttle(self.ledger.held - self.ledger.balance(Account.GRAMMARS))
         return lease
 
     def launched(self) -> None:
