@@ -223,7 +223,7 @@ def test_a_grammar_that_compiles_for_ever_is_given_up(
 ) -> None:
     grammars = engine.loop.grammars
     monkeypatch.setattr("penstock.engine.grammar.COMPILE_SECONDS", 0.2)
-    monkeypatch.setattr(grammars, "matcher", lambda *_: time.sleep(1.0))
+    monkeypatch.setattr(grammars, "_load", lambda: time.sleep(1.0))
     id_ = engine.submit(prompt(9), grammar=GRAMMAR)
     engine.play(200_000)
     assert engine.answers[id_].ended.kind == "INVALID_FIELD"  # type: ignore[union-attr]

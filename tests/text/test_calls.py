@@ -192,3 +192,8 @@ def test_marks_inside_settled_content_are_its_text() -> None:
     text = '<think>a</think>\n{"x": "<think>b</think><tool_call>"}'
     client = play(text, reasoning=reasoning, settled=True)
     assert client.content == '{"x": "<think>b</think><tool_call>"}'
+
+
+def test_an_id_that_cannot_come_has_a_number_that_json_knows() -> None:
+    told = Assembler(TOKENIZER).feed([65], [0.0], [[(65, 0.0), (66, float("-inf"))]])
+    assert [likely.logprob for likely in told.logprobs[0].top_logprobs] == [0.0, -9999.0]

@@ -18,7 +18,7 @@ from penstock.errors import Kind, PenstockError
 from penstock.text import grammar
 from penstock.text.parts import TextParts
 
-_NAME = re.compile(r"[\w.:/@-]+")
+_NAME = re.compile(r"[a-zA-Z0-9_-]+")
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,9 @@ def asked(request: ChatRequest, tools: list[dict[str, Any]] | None) -> Asked:
 def _function(path: str, written: dict[str, Any]) -> grammar.Function:
     name = written["name"]
     if not _NAME.fullmatch(name):
-        raise invalid(f"{path}.name", "a name that is to be called has letters, digits and _ . : / @ - only.")
+        raise invalid(
+            f"{path}.name", "the name of a function that is to be called has letters, digits, _ and - only."
+        )
     parameters = written.get("parameters") or {"properties": {}, "additionalProperties": False}
     strict = bool(written.get("strict"))
     rule = grammar.json_rule({"type": "object", **parameters}, f"{path}.parameters", strict=strict)

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import threading
 import time
-from array import array
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ Verdict = dict[str, Any]
 
 
 class Grammars:
-    """The matchers of the rows on board, by sequence id. All calls are the loop's, but for `matcher`."""
+    """The matchers of the rows on board, by sequence id."""
 
     def __init__(self, accounts: Accounts, folder: Path, vocab_size: int, eos_ids: Iterable[int]) -> None:
         """`folder`: the model's; `vocab_size`: the logits' width."""
@@ -49,7 +49,7 @@ class Grammars:
         self._eos_ids = sorted(eos_ids)
         self._tokenizer: Any = None
         self._loading = threading.Lock()
-        self._compiling: dict[int, _Compilation] = {}
+        self._compiling: dict[int, tuple[Sequence, Future[Any], float]] = {}
         self._matchers: dict[int, Any] = {}
         self._leases: dict[int, Lease] = {}
         self._shared: Lease | None = None
@@ -71,21 +71,24 @@ class Grammars:
         if self._shared is None:
             self._shared = self._accounts.constrain(self._tokenizer_bytes())
         self._leases[sequence.id] = self._accounts.constrain(self.host_bytes(sequence.grammar))
-        self._compiling[sequence.id] = _Compilation(self, sequence)
+        work: Future[Any] = Future()
+        self._compiling[sequence.id] = sequence, work, time.monotonic()
+        answer = sequence.tokens[sequence.prompt_length :]
+        arguments = (work, sequence.grammar, answer.tolist())
+        threading.Thread(target=self._compile, args=arguments, daemon=True).start()
 
     def compiled(self) -> Iterator[tuple[Sequence, Verdict]]:
         """Let the rows decode whose grammar is there by now; returns those that end at once."""
-        for id_, work in list(self._compiling.items()):
-            if not work.done and time.monotonic() - work.began < COMPILE_SECONDS:
+        for id_, (sequence, work, began) in list(self._compiling.items()):
+            if not work.done() and time.monotonic() - began < COMPILE_SECONDS:
                 continue
             del self._compiling[id_]
-            work.sequence.compiling = False
-            if work.matcher is None:
-                yield work.sequence, _broken(work.problem or "it takes too long to compile")
-            else:
-                self._matchers[id_] = work.matcher
-                if verdict := _verdict(work.matcher):
-                    yield work.sequence, verdict
+            sequence.compiling = False
+            problem = work.exception() if work.done() else "it takes too long to compile"
+            if problem is None:
+                self._matchers[id_] = work.result()
+            if verdict := _broken(str(problem)) if problem else _verdict(work.result()):
+                yield sequence, verdict
 
     def drop(self, sequence: Sequence) -> None:
         """It has left the board, or never was on it."""
@@ -117,16 +120,20 @@ class Grammars:
                     masks.append((at, bytes(mask)))
         return masks, ended
 
-    def matcher(self, grammar: str, answer: array[int]) -> Any:
-        """A matcher at the end of `answer`. Runs in the compiling threads."""
+    def _compile(self, work: Future[Any], grammar: str, answer: list[int]) -> None:
+        """In a thread of its own, that nobody has to wait for: a matcher at the end of `answer`."""
         from llguidance import LLMatcher, LLParserLimits
 
-        with self._loading:
-            if self._tokenizer is None:
-                self._tokenizer = self._load()
-        matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=LLParserLimits(**GRAMMAR_LIMITS))
-        matcher.consume_tokens(answer.tolist())
-        return matcher
+        try:
+            with self._loading:
+                if self._tokenizer is None:
+                    self._tokenizer = self._load()
+            limits = LLParserLimits(**GRAMMAR_LIMITS)
+            matcher = LLMatcher(self._tokenizer, grammar, log_level=0, limits=limits)
+            matcher.consume_tokens(answer)
+            work.set_result(matcher)
+        except Exception as error:  # whatever a library says of a file or a grammar: one request's failure
+            work.set_exception(error)
 
     def _tokenizer_bytes(self) -> int:
         file = self._folder / "tokenizer.json"
@@ -137,53 +144,25 @@ class Grammars:
 
         words = _Vocabulary(self._folder / "tokenizer.json", self._eos_ids)
         width = max(self._vocab_size, len(words.tokens))
-        return LLTokenizer(TokenizerWrapper(words), n_vocab=width, eos_token=self._eos_ids, slices=[])
+        wrapped = TokenizerWrapper(words)
+        words.tokenizer = LLTokenizer(wrapped, n_vocab=width, eos_token=self._eos_ids, slices=[])
+        return words.tokenizer
 
 
 class _Vocabulary:
     """The tokenizer as llguidance asks for it: an added token that is not special is plain text, as to us."""
 
+    bos_token_id = None
+    tokenizer: Any = None
+
     def __init__(self, file: Path, eos_ids: list[int]) -> None:
         self.tokens, special = vocabulary(file)
         self.special_token_ids = sorted(special.union(eos_ids))
         self.eos_token_id = eos_ids[0]
-        self.bos_token_id = None
-        self._ids = {token: id_ for id_, token in enumerate(self.tokens) if id_ not in special}
-        self._longest = max(map(len, self._ids))
 
-    def __call__(self, text: bytes) -> list[int]:
+    def __call__(self, text: str) -> Any:
         """How text that the grammar forces is spelt: by the longest tokens from the left on."""
-        ids, at = [], 0
-        while at < len(text):
-            ends = range(min(len(text), at + self._longest), at, -1)
-            end = next((end for end in ends if text[at:end] in self._ids), None)
-            if end is None:
-                break
-            ids.append(self._ids[text[at:end]])
-            at = end
-        return ids
-
-
-class _Compilation:
-    """One grammar on its way, in a thread that nobody has to wait for."""
-
-    def __init__(self, owner: Grammars, sequence: Sequence) -> None:
-        self.sequence = sequence
-        self.began = time.monotonic()
-        self.matcher: Any = None
-        self.problem = ""
-        answer = sequence.tokens[sequence.prompt_length :]
-        threading.Thread(target=self._run, args=(owner, sequence.grammar, answer), daemon=True).start()
-
-    @property
-    def done(self) -> bool:
-        return self.matcher is not None or bool(self.problem)
-
-    def _run(self, owner: Grammars, grammar: str, answer: array[int]) -> None:
-        try:
-            self.matcher = owner.matcher(grammar, answer)
-        except Exception as error:  # whatever a library says of a file or a grammar: one request's failure
-            self.problem = str(error) or type(error).__name__
+        return self.tokenizer.greedy_tokenize(text)
 
 
 def _verdict(matcher: Any) -> Verdict:

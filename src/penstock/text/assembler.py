@@ -26,6 +26,9 @@ from penstock.text.scan import Patterns
 from penstock.text.tokenizer import Tokenizer
 from penstock.text.tools import ToolCall, ToolFormat, usable_schemas
 
+LEAST_LOGPROB = -9999.0
+"""What OpenAI says of an id that can't come, as one that a grammar forbids: JSON has no infinity."""
+
 
 class Likely(Struct, frozen=True):
     """A token and its log-probability in nats, as OpenAI writes it."""
@@ -269,7 +272,7 @@ class Assembler:
 
     def _spelt(self, id: int, logprob: float) -> tuple[str, float, list[int]]:
         data = self._tokenizer.token_bytes(id)
-        return data.decode("utf-8", "replace"), logprob, list(data)
+        return data.decode("utf-8", "replace"), max(logprob, LEAST_LOGPROB), list(data)
 
 
 def _edges(reasoning: ReasoningMarkers | None, tools: ToolFormat | None) -> dict[str, dict[str, str]]:

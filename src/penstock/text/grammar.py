@@ -92,9 +92,8 @@ def answer(
     if functions:
         bodies.append(_calls(forced(text.tools), functions, several, lark))
     thought = "" if opened is None else _thought(text, opened, lark)
-    rules = [f"start: {thought} ({' | '.join(f'body{at}' for at in range(len(bodies)))})"]
-    rules += [f"body{at}: {body}" for at, body in enumerate(bodies)]
-    grammar = "\n".join([*rules, *lark.rules]) + _REST
+    lark.rules.append(f"start: {thought} ({' | '.join(bodies)})")
+    grammar = "\n".join(lark.rules) + _REST
     if len(grammar) > MAX_GRAMMAR:
         raise invalid("tools", f"their schemas have more than {MAX_GRAMMAR:,} characters.")
     return grammar
@@ -106,13 +105,14 @@ def forced(tools: ToolFormat | None) -> ToolFormat:
 
 
 def _calls(tools: ToolFormat, functions: Sequence[Function], several: bool, lark: _Lark) -> str:
+    ways = []
     for function in functions:
         parts = _PLACES.split(_CALLS[tools.name])
         inserted = {"name": lark.literal(function.name), "arguments": function.arguments, "index": "INDEX"}
-        words = [inserted[part] if at % 2 else lark.literal(part) for at, part in enumerate(parts)]
-        lark.rule(" ".join(words), "call")
-    call = "(" + " | ".join(lark.named("call")) + ")"
-    return f"{call} (SPACE? {call})*" if several and tools.name not in _ENDS_ANSWER else call
+        words = (inserted[part] if at % 2 else lark.literal(part) for at, part in enumerate(parts))
+        ways.append(" ".join(words))
+    lark.rules.append(f"call: {' | '.join(ways)}")
+    return "call (SPACE? call)*" if several and tools.name not in _ENDS_ANSWER else "call"
 
 
 def _header(text: TextParts, lark: _Lark) -> str:
@@ -142,19 +142,7 @@ class _Lark:
         self._ids = {tokenizer.token_bytes(id_).decode(): id_ for id_ in tokenizer.special_ids}
         names = sorted(filter(None, self._ids), key=len, reverse=True)
         self._special = re.compile(f"({'|'.join(map(re.escape, names))})" if names else "((?!))")
-        self._count: dict[str, int] = {}
         self.rules: list[str] = []
-
-    def rule(self, right: str, name: str, attributes: str = "") -> str:
-        """A new rule; returns its name, which begins with `name`."""
-        self._count[name] = self._count.get(name, 0) + 1
-        full = f"{name}_{self._count[name]}"
-        self.rules.append(f"{full}{attributes}: {right}")
-        return full
-
-    def named(self, name: str) -> list[str]:
-        """The names of all rules that begin with `name`."""
-        return [f"{name}_{at + 1}" for at in range(self._count.get(name, 0))]
 
     def literal(self, text: str) -> str:
         """This text and no other."""
@@ -165,7 +153,8 @@ class _Lark:
         """Any text up to the first `mark`, and that."""
         if self._special.match(mark):
             return f"TEXT? {self.literal(mark)}"
-        return self.rule(r"/(.|\n)*/", "until", f"[suffix={_quoted(mark)}]")
+        self.rules.append(f"until[suffix={_quoted(mark)}]: " + r"/(.|\n)*/")
+        return "until"
 
 
 def _quoted(text: str) -> str:
