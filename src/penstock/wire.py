@@ -25,6 +25,12 @@ import msgspec
 
 FRAME_HEADER = 4
 MAX_FRAME = 1 << 30
+GRAMMAR_LIMITS: dict[str, Any] = {
+    "max_grammar_size": 100_000,
+    "max_lexer_states": 10_000,
+    "verbose_errors": False,
+}
+"""llguidance's limits on a grammar, for who checks it and for who follows it: about 15 ms a step at worst."""
 
 
 class Sampling(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -100,6 +106,8 @@ class Submit(msgspec.Struct, frozen=True, tag="submit"):
     """Position where the next turn is expected to leave this prompt."""
     stops: bool = False
     """The front may end it at a stop string, which it finds when more has been drawn."""
+    grammar: str = ""
+    """What the answer may be, in llguidance's form of Lark; "": anything."""
 
 
 class End(msgspec.Struct, frozen=True, tag="end"):

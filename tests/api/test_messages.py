@@ -160,8 +160,9 @@ def test_errors_have_anthropics_shape_and_words(server: Server, client: anthropi
     assert refused.status_code == 400
     assert "messages[0].content[0]" in refused.json()["error"]["message"]
     assert refused.json()["type"] == "error"
-    forced = post(server, messages=USER, tools=TOOLS, tool_choice={"type": "any"})
-    assert (forced.status_code, "tool_choice" in forced.json()["error"]["message"]) == (400, True)
+    for choice in ({"type": "any"}, {"type": "tool"}, {"type": "tool", "name": "no"}, {"type": "x"}):
+        forced = post(server, messages=USER, tools=TOOLS if "name" in choice else [], tool_choice=choice)
+        assert (forced.status_code, "tool_choice" in forced.json()["error"]["message"]) == (400, True)
     missing = post(server, max_tokens=3)
     assert (missing.status_code, "messages" in missing.json()["error"]["message"]) == (400, True)
     server.backend.script = fail(Kind.BUSY, "busy, retry")
@@ -215,3 +216,21 @@ def test_the_key_may_come_in_anthropics_header() -> None:
         refused = client.post("/v1/messages", json=body, headers={"x-api-key": "no"})
         assert (refused.status_code, refused.json()["error"]["type"]) == (401, "authentication_error")
         assert client.post("/v1/messages", json=body, headers={"x-api-key": "secret"}).is_success
+
+
+def test_a_call_streams_as_it_is_written(server: Server, client: anthropic.Anthropic) -> None:
+    """Several fragments of one block, which the package joins; a cut one is no tool_use."""
+    inner = '{"name": "read", "arguments": {"path": "abcdefgh"}}'
+    server.backend.script = say([261], *inner, [262])
+    with client.messages.stream(model="m", max_tokens=99, messages=USER, tools=TOOLS) as stream:
+        kinds = [event.type for event in stream]
+        message = stream.get_final_message()
+    assert kinds.count("content_block_start") == kinds.count("content_block_stop") == 1
+    assert kinds.count("input_json") > 5
+    assert (message.stop_reason, message.content[0].type) == ("tool_use", "tool_use")
+    assert message.content[0].input == {"path": "abcdefgh"}
+    server.backend.script = say([261], *inner, [262])
+    with client.messages.stream(model="m", max_tokens=40, messages=USER, tools=TOOLS) as stream:
+        stops = [event for event in stream if event.type == "message_stop"]
+        assert stream.get_final_message().stop_reason == "max_tokens"
+    assert len(stops) == 1

@@ -138,3 +138,35 @@ def test_a_passing_failure_is_retried(server: Server, client: openai.OpenAI) -> 
     play(server, first_fails)
     answer = client.with_options(max_retries=1).chat.completions.create(model="any", messages=USER)
     assert answer.choices[0].message.content == "second"
+
+
+def test_calls_stream_as_they_are_written(server: Server, client: openai.OpenAI) -> None:
+    inner = '{"name": "read", "arguments": {"path": "abcdefgh"}}'
+    play(server, say([261], *inner, [262]))
+    with client.chat.completions.stream(model="any", messages=USER, tools=TOOLS) as stream:
+        events = [event.type for event in stream]
+        choice = stream.get_final_completion().choices[0]
+    assert events.count("tool_calls.function.arguments.delta") > 5
+    (call,) = choice.message.tool_calls or []
+    assert (choice.finish_reason, call.function.name) == ("tool_calls", "read")  # type: ignore[union-attr]
+    assert json.loads(call.function.arguments) == {"path": "abcdefgh"}  # type: ignore[union-attr]
+
+
+def test_a_cut_call_ends_with_length(server: Server, client: openai.OpenAI) -> None:
+    inner = '{"name": "read", "arguments": {"path": "abcdefgh"}}'
+    for most in (10, 40, len(inner)):
+        play(server, say([261], *inner, [262]))
+        chunks = client.chat.completions.create(
+            model="any", messages=USER, tools=TOOLS, max_tokens=most, stream=True
+        )
+        assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "length"
+
+
+def test_one_call_where_parallel_ones_are_not_wanted(server: Server, client: openai.OpenAI) -> None:
+    inner = '{"name": "read", "arguments": {}}'
+    play(server, say([261], *inner, [262], [261], *inner, [262], "more"))
+    answer = client.chat.completions.create(
+        model="any", messages=USER, tools=TOOLS, parallel_tool_calls=False
+    ).choices[0]
+    assert (answer.finish_reason, len(answer.message.tool_calls or [])) == ("tool_calls", 1)
+    assert server.backend.runs[-1].ended == {0: len(server.backend.runs[-1].job.prompt) + len(inner) + 2}

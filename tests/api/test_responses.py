@@ -277,7 +277,9 @@ def test_an_image_that_a_tool_returns_does_not_end_the_session(server: Server) -
         ({"tools": [{"type": "namespace", "name": "n", "tools": [TOOLS[0]] * 1025}]}, None, ""),
         ({"max_output_tokens": 0}, "max_output_tokens", ""),
         ({"temperature": "hot"}, "temperature", ""),
-        ({"tool_choice": {"type": "web_search"}, "tools": TOOLS}, "tool_choice", "tool_choice"),
+        ({"tool_choice": {"type": "web_search"}, "tools": TOOLS}, "tool_choice.type", "web_search"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format", "grammar"),
+        ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format", "name"),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(

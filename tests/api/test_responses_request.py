@@ -261,7 +261,6 @@ def test_the_format_of_text_is_chats_response_format(given: Json | None, passed:
         (None, None),
         ("required", "required"),
         ({"type": "function", "name": "f"}, {"type": "function", "function": {"name": "f"}}),
-        ({"type": "allowed_tools", "mode": "auto"}, {"type": "allowed_tools", "mode": "auto"}),
     ],
 )
 def test_the_choice_of_a_tool_is_chats(given: Any, passed: Any) -> None:

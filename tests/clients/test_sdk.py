@@ -214,10 +214,10 @@ def test_a_prompt_longer_than_the_context(client: openai.OpenAI) -> None:
 
 
 def test_what_cannot_be_done_is_refused_by_name(client: openai.OpenAI) -> None:
-    form: Any = {"type": "json_object"}
+    form: Any = {"type": "grammar"}
     with pytest.raises(openai.BadRequestError) as refused:
         chat(client, response_format=form)
-    assert (refused.value.param, refused.value.code) == ("response_format", "unsupported_parameter")
+    assert (refused.value.param, refused.value.code) == ("response_format.type", "invalid_value")
     with pytest.raises(openai.BadRequestError) as refused:
         client.completions.create(model="any", prompt="x", suffix="y")
     assert refused.value.param == "suffix"

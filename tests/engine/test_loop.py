@@ -103,7 +103,7 @@ def test_ends_at_the_end_of_turn_unless_told_to_ignore_it(engine: EngineLoop) ->
     tokens = engine.answers[first].tokens
     eos = tokens[9]
     at = tokens.index(eos)
-    engine.loop.eos_ids = frozenset([eos])
+    engine.loop.eos_ids = engine.loop.drawing.eos_ids = frozenset([eos])
     stopped = engine.submit(prompt(12), max_tokens=30)
     ignored = engine.submit(prompt(12), max_tokens=30, ignore_eos=True)
     longer = engine.submit(prompt(12), max_tokens=30, min_tokens=at + 3)

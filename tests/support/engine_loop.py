@@ -6,6 +6,7 @@ import gc
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -13,6 +14,8 @@ import mlx.core as mx
 from penstock import wire
 from penstock.engine.accounts import Accounts
 from penstock.engine.calibrate import costs_of
+from penstock.engine.drawing import Drawing
+from penstock.engine.grammar import Grammars
 from penstock.engine.loop import Loop
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
@@ -70,6 +73,7 @@ class EngineLoop:
         ceiling: int = 4 << 30,
         weights: int = 0,
         cache_bytes: int | None = 0,
+        folder: Path = Path(),
         transient: Transient = FREE,
         **facts: Any,
     ) -> None:
@@ -93,9 +97,10 @@ class EngineLoop:
             Facts(**{**defaults, **facts}),
             self.accounts,
             self.cache,
+            Grammars(self.accounts, folder, vocab_size, eos_ids),
+            Drawing(vocab_size, eos_ids, ()),
             context_length=context_length,
             eos_ids=frozenset(eos_ids),
-            vocab_size=vocab_size,
             pipelined=pipelined,
         )
         # Other tests' models are alive beside this one's; those that are garbage must not go in mid-test.

@@ -229,6 +229,17 @@ def write_model_dir(path: Path, name: str = "qwen3", seed: int = 0) -> Path:
     return path
 
 
+def byte_pieces() -> list[bytes]:
+    """The byte of each of the tokenizer's first 256 ids."""
+    from tokenizers import pre_tokenizers
+
+    from penstock.pieces import reading
+
+    _, to_bytes = reading({"type": "ByteLevel"})
+    assert to_bytes is not None
+    return [to_bytes(character) for character in sorted(pre_tokenizers.ByteLevel.alphabet())]
+
+
 def write_tokenizer(path: Path) -> None:
     """A tokenizer of 256 bytes and the special tokens, with files as the hub has them."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers

@@ -17,7 +17,7 @@ from penstock.errors import Kind, PenstockError
 
 BILLING = "x-anthropic-billing-header:"
 """A line of Claude Code's first system block; it differs between sessions and says nothing to the model."""
-_CHOICES = {"auto": "auto", "none": "none", "any": "required", "tool": "named"}
+_CHOICES = {"auto": "auto", "none": "none", "any": "required"}
 _SKIPPED = ("redacted_thinking",)
 
 Json = dict[str, Any]
@@ -57,13 +57,30 @@ class Typed(Struct):
     type: str
 
 
+class ToolChoice(Struct):
+    """name: of the tool that is to be called, where `type` is `tool`."""
+
+    type: Literal["auto", "none", "any", "tool"]
+    name: str | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class OutputFormat(Struct):
+    type: Literal["json_schema"]
+    schema: Json
+
+
+class OutputConfig(Struct):
+    format: OutputFormat | None = None
+
+
 class CountRequest(Asked, kw_only=True):
     """What makes the prompt: the body of /v1/messages/count_tokens."""
 
     messages: Annotated[list[Turn], Meta(min_length=1)]
     system: Content | None = None
     tools: Annotated[list[AnthropicTool], Meta(max_length=1024)] | None = None
-    tool_choice: Typed | None = None
+    tool_choice: ToolChoice | None = None
     thinking: Typed | None = None
 
 
@@ -76,6 +93,7 @@ class MessagesRequest(CountRequest, kw_only=True):
     temperature: Share | None = None
     top_p: Share | None = None
     top_k: Annotated[int, Meta(ge=0)] | None = None
+    output_config: OutputConfig | None = None
 
 
 def as_chat(request: CountRequest) -> tuple[Json, ChatRequest]:
@@ -85,14 +103,28 @@ def as_chat(request: CountRequest) -> tuple[Json, ChatRequest]:
         messages += _turn(turn, f"messages[{at}]")
     chat: Json = {"messages": messages, "tools": _tools(request.tools or [])}
     if request.tool_choice is not None:
-        chat["tool_choice"] = _CHOICES.get(request.tool_choice.type, request.tool_choice.type)
+        chat |= _choice(request.tool_choice)
     if request.thinking is not None:
         chat["chat_template_kwargs"] = {"enable_thinking": request.thinking.type != "disabled"}
     if isinstance(request, MessagesRequest):
         for name in ("max_tokens", "stream", "temperature", "top_p", "top_k"):
             chat[name] = getattr(request, name)
         chat["stop"] = request.stop_sequences or None
+        if request.output_config is not None and (form := request.output_config.format) is not None:
+            named = {"name": "output", "schema": form.schema}
+            chat["response_format"] = {"type": "json_schema", "json_schema": named}
     return chat, msgspec.convert(chat, ChatRequest)
+
+
+def _choice(choice: ToolChoice) -> Json:
+    if choice.type == "tool" and choice.name is None:
+        message = "tool_choice.name: this field is required."
+        raise PenstockError(Kind.INVALID_FIELD, message, param="tool_choice.name")
+    named = {"type": "function", "function": {"name": choice.name}}
+    return {
+        "tool_choice": _CHOICES.get(choice.type, named),
+        "parallel_tool_calls": not choice.disable_parallel_tool_use,
+    }
 
 
 def _system(content: Content | None) -> list[Json]:

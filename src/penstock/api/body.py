@@ -85,7 +85,7 @@ def decode(body: bytes, kind: type[Request]) -> tuple[dict[str, Any], Request]:
             Kind.INVALID_FIELD, f"The body is nested deeper than {MAX_DEPTH} levels."
         ) from None
     except msgspec.ValidationError as error:
-        raise _invalid(_rephrased(body, kind, error)) from None
+        raise misfit(_rephrased(body, kind, error)) from None
     except UnicodeDecodeError as error:
         raise _malformed(body, _first_bad_byte(body), f"not valid UTF-8 ({error.reason})") from None
     except msgspec.DecodeError as error:
@@ -106,7 +106,8 @@ def _rephrased(body: bytes, kind: Any, error: msgspec.ValidationError) -> str:
     return str(error)
 
 
-def _invalid(text: str) -> PenstockError:
+def misfit(text: str) -> PenstockError:
+    """What msgspec says of a value that does not fit, with the field's path."""
     match = _MSGSPEC.match(text)
     assert match is not None
     what, path = match["what"], (match["path"] or "").lstrip(".").replace("[...]", "")

@@ -12,16 +12,19 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from penstock.api import params
+from penstock.api import params, structured
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
 from penstock.api.renderer import OpenAIRenderer, encode
 from penstock.api.schema import MAX_TOOLS_SIZE, ChatRequest
 from penstock.api.service import Service
 from penstock.api.sse import respond
+from penstock.api.structured import Asked
 from penstock.supervisor.ticket import Progress
 from penstock.text import borders
 from penstock.text.assembler import Assembler, Delta, TokenLogprob
+from penstock.text.calls import CallPart
+from penstock.text.grammar import forced
 from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
 
@@ -31,26 +34,37 @@ async def create(service: Service, exchange: Exchange) -> None:
     await respond(service, exchange, ChatRequest, prepare, ChatRenderer)
 
 
-async def prepare(service: Service, raw: dict[str, Any], request: ChatRequest) -> Plan:
-    """Everything up to the ids. Raises PenstockError for what can be refused."""
+async def prepare(
+    service: Service, raw: dict[str, Any], request: ChatRequest, *, stream_calls: bool = True
+) -> Plan:
+    """Everything up to the ids. Raises PenstockError for what can be refused.
+
+    stream_calls: a stream's renderer shows the parts of calls (see `Delta`).
+    """
     params.refuse(request)
-    stops = params.stops(request)
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
     tools = function_tools(raw, request)
-    encoding = partial(_encode, text, raw["messages"], tools, request)
-    ids, in_reasoning, edges, turn = await asyncio.get_running_loop().run_in_executor(service.pool, encoding)
+    asked = structured.asked(request, tools)
+    encoding = partial(_encode, text, raw["messages"], tools, request, asked)
+    ids, in_reasoning, edges, turn, grammar = await asyncio.get_running_loop().run_in_executor(
+        service.pool, encoding
+    )
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
-    job = replace(job, borders=edges, turn=turn)
+    stops = job.stops or not asked.several
+    job = replace(job, borders=edges, turn=turn, grammar=grammar, stops=stops)
     assembler = partial(
         Assembler,
         text.tokenizer,
-        stops=stops,
+        stops=params.stops(request),
         reasoning=text.reasoning,
-        tools=text.tools if tools else None,
+        tools=(forced(text.tools) if asked else text.tools) if tools else None,
         tool_schemas=tools,
         in_reasoning=in_reasoning,
+        stream_calls=stream_calls and bool(request.stream),
+        single_call=not asked.several,
+        settled=asked.schema is not None,
     )
     return params.plan(
         request, [job], assembler, len(encode(tools)) * 4 if tools else 0, in_reasoning=in_reasoning
@@ -73,17 +87,19 @@ def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, 
 
 
 def _encode(
-    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest
-) -> tuple[array[int], bool, list[int], int | None]:
-    """Ids up to where the answer starts, whether that is inside reasoning, and where messages begin.
+    text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest, asked: Asked
+) -> tuple[array[int], bool, list[int], int | None, str]:
+    """Ids up to where the answer starts, whether that is inside reasoning, where messages begin, the grammar.
 
     On the pool: it is slow.
     """
     ids, prompt = prompt_ids(text, messages, tools, request)
     inside = text.reasoning is not None and text.reasoning.starts_in_reasoning(prompt)
+    closed = text.reasoning is not None and prompt.rstrip().endswith(text.reasoning.end)
+    grammar = asked.grammar(text, None if closed else inside)
     render = partial(_render, text, tools=tools, request=request)
     edges, turn = borders.found(ids, prompt, text.markers, text.tokenizer, messages, render)
-    return ids, inside, edges, turn
+    return ids, inside, edges, turn, grammar
 
 
 def prompt_ids(
@@ -122,13 +138,13 @@ class ChatRenderer(OpenAIRenderer):
 
     def delta(self, index: int, delta: Delta) -> bytes:
         """Text alone, or all fields that something came for."""
-        if not (delta.reasoning or delta.tool_calls or delta.logprobs):
-            return self._text_heads[index] + encode(delta.content) + self._text_tail
+        if not (delta.reasoning or delta.call_parts or delta.logprobs):
+            return self._text_heads[index] + encode(delta.content) + self._text_tail if delta.content else b""
         fields: dict[str, Any] = _reasoning(delta)
         if delta.content:
             fields["content"] = delta.content
-        if delta.tool_calls:
-            fields["tool_calls"] = [{"index": call.index, **_tool_call(call)} for call in delta.tool_calls]
+        if delta.call_parts:
+            fields["tool_calls"] = [_call_part(part) for part in delta.call_parts]
         return self.chunk(index, encode(fields), encode(self.logprobs(index, delta.logprobs)))
 
     def progress(self, progress: Progress, cached: int, milliseconds: float) -> bytes:
@@ -154,6 +170,12 @@ def _reasoning(delta: Delta) -> dict[str, Any]:
     return {"reasoning_content": delta.reasoning, "reasoning": delta.reasoning} if delta.reasoning else {}
 
 
-def _tool_call(call: ToolCall) -> dict[str, Any]:
+def _call_part(part: CallPart) -> dict[str, Any]:
+    if part.id is None:
+        return {"index": part.index, "function": {"arguments": part.arguments}}
+    return {"index": part.index, **_tool_call(part)}
+
+
+def _tool_call(call: ToolCall | CallPart) -> dict[str, Any]:
     function = {"name": call.name, "arguments": call.arguments}
     return {"id": call.id, "type": "function", "function": function}

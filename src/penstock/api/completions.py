@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
 
-from penstock.api import params
+from penstock.api import params, structured
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Plan
 from penstock.api.renderer import OpenAIRenderer, encode
@@ -40,10 +41,13 @@ async def prepare(service: Service, raw: dict[str, Any], request: CompletionRequ
     ready, text = await service.wait_ready()
     defaults = params.chosen_defaults(service.defaults, text.generation)
     sampling = params.sampling(request, defaults, ready.vocab_size, ready.context_length)
+    asked = structured.Asked(structured.schema(request))
+    grammar = await asyncio.get_running_loop().run_in_executor(service.pool, asked.grammar, text, None)
     jobs = []
     for path, prompt in prompts:
         ids = await _ids(service, text, prompt, path, ready.vocab_size)
-        jobs.append(params.job(request, service.defaults, ready, sampling, ids, path))
+        job = params.job(request, service.defaults, ready, sampling, ids, path)
+        jobs.append(replace(job, grammar=grammar))
     assembler = partial(Assembler, text.tokenizer, stops=params.stops(request), continues=True)
     return params.plan(request, jobs, assembler)
 

@@ -19,6 +19,7 @@ from penstock.api.service import Service
 from penstock.api.sse import respond
 from penstock.api.tokens import by_the_front
 from penstock.errors import PenstockError
+from penstock.text.calls import CallPart
 from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
 
@@ -67,18 +68,23 @@ class MessagesRenderer(Renderer):
 
     def keepalive(self) -> bytes:
         """An empty delta in the open block, which is opened if need be."""
+        if self._open == "tool_use":
+            return self._arguments("") + _event("ping")
         return self._say(self._open or self._first, "") + _event("ping")
 
     def piece(self, piece: Piece) -> bytes:
-        """Deltas in their blocks; a tool call is a block of its own."""
+        """Deltas in their blocks; a tool call is a block of its own, open while it is written."""
         data = b""
         for delta in piece.deltas:
             if delta.reasoning:
                 data += self._say("thinking", delta.reasoning)
             if delta.content:
                 data += self._say("text", delta.content)
-            for call in delta.tool_calls:
-                data += self._call(call)
+            for part in delta.call_parts:
+                if part.id is not None:
+                    data += self._begin("tool_use", {**_tool_use(part), "input": {}})
+                if part.arguments:
+                    data += self._arguments(part.arguments)
         self._end_of(piece)
         return data
 
@@ -124,10 +130,9 @@ class MessagesRenderer(Renderer):
         delta = {"type": f"{kind}_delta", kind: text}
         return data + _event("content_block_delta", index=self._at, delta=delta)
 
-    def _call(self, call: ToolCall) -> bytes:
-        arguments = {"type": "input_json_delta", "partial_json": call.arguments}
-        data = self._begin("tool_use", {**_tool_use(call), "input": {}})
-        return data + _event("content_block_delta", index=self._at, delta=arguments) + self._close()
+    def _arguments(self, text: str) -> bytes:
+        delta = {"type": "input_json_delta", "partial_json": text}
+        return _event("content_block_delta", index=self._at, delta=delta)
 
     def _begin(self, kind: str, block: dict[str, Any]) -> bytes:
         closed = self._close()
@@ -145,7 +150,7 @@ def _event(kind: str, **fields: Any) -> bytes:
     return b"event: " + kind.encode() + b"\ndata: " + encode({"type": kind, **fields}) + b"\n\n"
 
 
-def _tool_use(call: ToolCall) -> dict[str, Any]:
+def _tool_use(call: ToolCall | CallPart) -> dict[str, Any]:
     return {"type": "tool_use", "id": call.id, "name": call.name}
 
 

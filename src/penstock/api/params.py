@@ -26,8 +26,6 @@ _LIMITS = {"temperature": 100.0, "top_p": 1.0, "min_p": 1.0, "top_k": 1e9, "repe
 UNSUPPORTED: dict[str, tuple[Collection[Any], str]] = {
     "adapters": ((None,), "adapters can't be chosen by a request."),
     "draft_model": ((None, "default_model"), "draft models are not supported."),
-    "response_format": ((None,), "only {'type': 'text'} is supported."),
-    "tool_choice": ((None, "auto", "none"), "only 'auto' and 'none' are supported."),
     "functions": ((None, []), "use tools instead."),
     "function_call": ((None, "auto", "none"), "use tools instead."),
     "modalities": ((None, [], ["text"]), "only ['text'] is supported."),
@@ -48,12 +46,9 @@ def invalid(param: str, message: str) -> PenstockError:
 
 def refuse(request: Sampled) -> None:
     """Raise UNSUPPORTED_FIELD for what would change the answer and isn't done."""
-    form = request.response_format
-    text = isinstance(form, dict) and form.get("type") == "text"
     for param, (accepted, message) in UNSUPPORTED.items():
         value = getattr(request, param, None)
-        known = value in accepted and type(value) in map(type, accepted)  # 0 is not false
-        if not known and not (text and param == "response_format"):
+        if value not in accepted or type(value) not in map(type, accepted):  # 0 is not false
             raise PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
 
 

@@ -41,7 +41,8 @@ async def prepare(service: Service, raw: Json, request: ResponsesRequest) -> Pla
     """Everything up to the ids. Raises PenstockError for what can be refused."""
     convert, loop = responses_request.as_chat, asyncio.get_running_loop()
     try:
-        plan = await chat.prepare(service, *await loop.run_in_executor(service.pool, convert, raw, request))
+        asked = await loop.run_in_executor(service.pool, convert, raw, request)
+        plan = await chat.prepare(service, *asked, stream_calls=False)
     except PenstockError as error:
         for theirs, ours in (("messages", "input"), ("response_format", "text.format")):
             if error.param is not None and error.param.startswith(theirs):

@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from penstock.api.body import misfit
 from penstock.api.params import invalid
 from penstock.api.schema import Asked, ChatRequest, Share, Some
 from penstock.errors import Kind, PenstockError
@@ -143,8 +144,8 @@ def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
         chat[name] = getattr(request, name)
     try:
         return chat, msgspec.convert(chat, ChatRequest)
-    except msgspec.ValidationError as error:  # only the number of functions in namespaces is not bounded yet
-        raise invalid("tools", f"{error}.") from None
+    except msgspec.ValidationError as error:  # a choice or a format of no known kind, too many functions
+        raise misfit(str(error)) from None
 
 
 def _messages(request: ResponsesRequest) -> list[Json]:

@@ -7,7 +7,7 @@ Fields that are declared only to be refused by name are typed `Any`; `params.ref
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from msgspec import Meta, Struct
 
@@ -27,6 +27,22 @@ Stop = Annotated[str, Meta(min_length=1, max_length=MAX_STOP_LENGTH)]
 
 class StreamOptions(Struct):
     include_usage: bool | None = None
+
+
+class SchemaFormat(Struct):
+    """strict: a keyword that can't be enforced is an error, and not ignored."""
+
+    name: Annotated[str, Meta(pattern="^[a-zA-Z0-9_-]{1,64}$")]
+    schema: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ResponseFormat(Struct):
+    """`schema` beside `json_object` is llama.cpp's spelling."""
+
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: SchemaFormat | None = None
+    schema: dict[str, Any] | None = None
 
 
 class Asked(Struct, kw_only=True):
@@ -67,7 +83,7 @@ class Sampled(Asked, kw_only=True):
     num_draft_tokens: Count | None = None
     adapters: Any = None
     draft_model: Any = None
-    response_format: Any = None
+    response_format: ResponseFormat | None = None
 
 
 class ContentPart(Struct):
@@ -111,10 +127,20 @@ class Tool(Struct):
     function: Function | None = None
 
 
+class FunctionName(Struct):
+    name: str
+
+
+class NamedChoice(Struct):
+    type: Literal["function"]
+    function: FunctionName
+
+
 class ChatRequest(Sampled, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1)]
     tools: Annotated[list[Tool], Meta(max_length=1024)] | None = None
-    tool_choice: Any = None
+    tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
+    parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     role_mapping: dict[str, str] | None = None

@@ -57,8 +57,9 @@ class Accounts:
 
     @property
     def lasting(self) -> int:
-        """Bytes held beside the pool and the steps in flight."""
-        return self.ledger.held - self.ledger.balance(Account.TRANSIENT) - self.ledger.balance(Account.POOL)
+        """The device's bytes that are held beside the pool and the steps in flight."""
+        passing = (Account.TRANSIENT, Account.POOL, Account.GRAMMARS)
+        return self.ledger.held - sum(self.ledger.balance(account) for account in passing)
 
     def room(self, evictable: int = 0) -> Room:
         """What the scheduler may count on."""
@@ -68,6 +69,10 @@ class Accounts:
     def admit(self, sequence: Sequence, capacity: int) -> None:
         """A row's lease. The scheduler has found that it fits."""
         self.rows[sequence.id] = self._take(Account.LIVE_KV, self.costs.row(capacity), self.costs.buffers)
+
+    def constrain(self, size: int) -> Lease:
+        """The host's bytes for a grammar, or for what all grammars need."""
+        return self._take(Account.GRAMMARS, size)
 
     def grow(self, sequence: Sequence, capacity: int) -> None:
         """A row's lease for a larger capacity."""
@@ -92,7 +97,7 @@ class Accounts:
         Until `launched` work that would hold more than what is under lease waits for what runs before it.
         """
         lease = self._take(Account.TRANSIENT, transient)
-        self.set_throttle(self.ledger.held)
+        self.set_throttle(self.ledger.held - self.ledger.balance(Account.GRAMMARS))
         return lease
 
     def launched(self) -> None:

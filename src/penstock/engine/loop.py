@@ -24,9 +24,11 @@ import mlx.core as mx
 
 from penstock import wire
 from penstock.engine.accounts import Accounts
+from penstock.engine.drawing import Drawing
+from penstock.engine.grammar import COMPILE_BEAT, Grammars
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.running import Running
-from penstock.engine.sampler import Sampled, SamplingBatch, sample
+from penstock.engine.sampler import Sampled
 from penstock.engine.scheduler import (
     Admit,
     Chunk,
@@ -55,8 +57,6 @@ BACKLOG_BOUND = 8 << 20
 """Bytes that may wait to be written to the front before the engine stops launching steps."""
 IDLE_BEAT = 1.0
 """Seconds between signs of life while there is nothing to do."""
-SPEED_DECAY = 0.5
-"""Weight of the last chunk in the measured prefill speed."""
 
 
 class ShutdownAsked(Exception):
@@ -74,11 +74,11 @@ class Loop:
         facts: Facts,
         accounts: Accounts,
         cache: PromptCache,
+        grammars: Grammars,
+        drawing: Drawing,
         *,
         context_length: int,
         eos_ids: frozenset[int],
-        vocab_size: int,
-        xtc_special: tuple[int, ...] = (),
         pipelined: bool = True,
     ) -> None:
         self.runner = runner
@@ -92,17 +92,15 @@ class Loop:
         self.correction = Correction()
         self.counts: Counter[str] = Counter()
         self.reporter = Reporter(accounts, cache, self.counts)
-        self.peak = 0
         self.runnable = False
         self.context_length = context_length
         self.eos_ids = eos_ids
-        self.vocab_size = vocab_size
-        self.xtc_special = xtc_special
+        self.grammars = grammars
+        self.drawing = drawing
         self.pipelined = pipelined
         self.sequences: dict[int, Sequence] = {}
         self.in_flight: InFlight | None = None
         self.report = wire.Step([], [], [], [])
-        self.sampling: tuple[tuple[int, ...], SamplingBatch] | None = None
         self.running = Running(page)
         self.read_at = 0.0
         self.trial = False
@@ -129,6 +127,8 @@ class Loop:
                 self.facts = replace(self.facts, apart=not any(s.apart for s in members(launched)))
             self._read()
             self.in_flight = launched
+            if launched is not None and launched.forward is not None:
+                self._draw(launched)
         except (RuntimeError, ValueError, MemoryError) as error:
             self._recover(error)
         self._emit()
@@ -187,10 +187,13 @@ class Loop:
                 self.accounts.admit(sequence, capacity)
                 sequence.row = self.runner.open(capacity)
                 sequence.capacity = capacity
+                if sequence.grammar:
+                    self.grammars.begin(sequence)
             case ClearPool():
                 self.accounts.clear_pool()
             case Preempt(sequence):
                 self.cache.preempt(sequence)
+                self.grammars.drop(sequence)
                 sequence.preempt(self.accounts.departures)
             case GiveUp(sequence):
                 if len(sequence.tokens) > sequence.prompt_length:
@@ -204,17 +207,20 @@ class Loop:
     # -- messages -------------------------------------------------------------------------------------
 
     def _receive(self) -> None:
-        idle = self.in_flight is None and not self.runnable
+        nothing = self.in_flight is None and not self.runnable
+        idle = nothing and not self.grammars.compiling
         if idle:
             self.page.begin(Phase.IDLE)
             self.cache.tidy()
             self._audit()
-        for message in self.channel.receive(IDLE_BEAT if idle else 0.0):
+        for message in self.channel.receive(IDLE_BEAT if idle else COMPILE_BEAT if nothing else 0.0):
             self._take(message)
         while self.channel.backlog > BACKLOG_BOUND:
             for message in self.channel.receive(0.05):
                 self._take(message)
             self.page.beat()
+        for sequence, verdict in self.grammars.compiled():
+            self._end(sequence, **verdict)
         self.page.beat()
 
     def _take(self, message: wire.ToEngine) -> None:
@@ -247,7 +253,7 @@ class Loop:
             self.cache.evict(-self.accounts.ledger.room, "budget")
 
     def _submit(self, message: wire.Submit) -> None:
-        sequence = Sequence(message, self.context_length)
+        sequence = Sequence(message, self.context_length, self.grammars.host_bytes(message.grammar))
         self.trial = self.trial or sequence.apart
         self.sequences[sequence.id] = sequence
         reason = sequence.finish_reason(self.eos_ids)
@@ -258,6 +264,7 @@ class Loop:
 
     def _end(self, sequence: Sequence, reason: str, *, computed: int | None = None, **error: str) -> None:
         del self.sequences[sequence.id]
+        self.grammars.drop(sequence)
         kept = sequence.computed if computed is None else computed
         self.report.ended.append(wire.Ended(sequence.id, reason, kept, **error))
         if sequence.row is None:
@@ -284,52 +291,51 @@ class Loop:
     # -- one step -------------------------------------------------------------------------------------
 
     def _launch(self, plan: Plan) -> InFlight:
-        began = time.monotonic()
         for sequence, capacity in plan.grow:
             self.accounts.grow(sequence, capacity)
             sequence.capacity = capacity
         lease = self.accounts.begin(plan.transient)
+        step = InFlight(plan.decode, plan.chunk, lease, time.monotonic())
         self.running.only(members(self.in_flight))
         orphans = self.runner.orphans
         try:
             for sequence, capacity in plan.grow:
                 self.runner.reserve(sequence.row, capacity)
-            draws = self._launch_decode(plan.decode) if plan.decode else None
-            arrays = None if plan.chunk is None else self._launch_chunk(plan.chunk)
+            if plan.decode:
+                self._launch_decode(step)
+            if plan.chunk is not None:
+                step.chunk_arrays = self._launch_chunk(plan.chunk)
         except BaseException:
             self.accounts.ledger.release(lease)
             raise
         finally:
             self.accounts.launched()
-        orphans = max(0, orphans - self.runner.orphans)
-        lasting = self.accounts.lasting
-        return InFlight(plan.decode, draws, plan.chunk, arrays, lease, began, lasting, orphans)
+        step.orphans = max(0, orphans - self.runner.orphans)
+        step.lasting = self.accounts.lasting
+        return step
 
-    def _launch_decode(self, rows: tuple[Sequence, ...]) -> Sampled:
-        self.running.decode(rows)
+    def _launch_decode(self, step: InFlight) -> None:
+        """The forward pass, and the draws too, unless a grammar has to know the ids in flight first."""
+        self.running.decode(rows := step.rows)
         self.cache.passing(rows)
         ids = inputs(rows, self.in_flight)
-        logits = self.runner.decode([s.row for s in rows], ids)
-        batch = self._sampling_batch(rows)
-        history: list[Any] = []
-        if batch.processors:
-            history = [s.tokens if s.input_on_device else s.tokens[:-1] for s in rows]
-        excluded = None
-        if any(s.must_go_on for s in rows):
-            excluded = [tuple(self.eos_ids) if s.must_go_on else () for s in rows]
-        draws = sample(logits, batch, [s.drawn for s in rows], history, ids, excluded=excluded)
-        mx.async_eval(draws)  # type: ignore[no-untyped-call]
+        step.forward = self.runner.decode([s.row for s in rows], ids), ids
         self.facts = replace(self.facts, stacked=tuple(s.id for s in rows))
         for sequence in rows:
             sequence.launched += 1
-        return draws
+        if any(s.grammar for s in rows):
+            mx.async_eval(step.forward[0])  # type: ignore[no-untyped-call]
+        else:
+            self._draw(step)
 
-    def _sampling_batch(self, rows: tuple[Sequence, ...]) -> SamplingBatch:
-        ids = tuple(s.id for s in rows)
-        if self.sampling is None or self.sampling[0] != ids:
-            settings = [s.sampling for s in rows]
-            self.sampling = ids, SamplingBatch(settings, self.vocab_size, self.xtc_special)
-        return self.sampling[1]
+    def _draw(self, step: InFlight) -> None:
+        """Launch a step's draws. Masks are made here, on the host, while its forward pass runs."""
+        assert step.forward is not None
+        masks, verdicts = self.grammars.masks(step.rows)
+        for sequence, verdict in verdicts:
+            self._end(sequence, **verdict)
+        step.draws = self.drawing.draw(step.rows, *step.forward, masks)
+        step.forward = None
 
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
@@ -351,7 +357,7 @@ class Loop:
             return
         try:
             if step.draws is not None:
-                self._read_draws(step)
+                self._read_draws(step, step.draws)
             if step.chunk is not None:
                 self._emit()
                 self._read_chunk(step)
@@ -367,15 +373,13 @@ class Loop:
         """Compare the peak since the last read with what is granted. Rows not yet written make it smaller."""
         peak = int(mx.get_peak_memory())
         mx.reset_peak_memory()
-        self.peak = max(self.peak, peak)
         granted = self.accounts.ledger.balance(Account.TRANSIENT)
         measured = peak - max(step.lasting, self.accounts.lasting)
         self.correction.observe(granted, int(measured * MARGIN))
         self.reporter.observed(granted, measured, self.correction.factor)
 
-    def _read_draws(self, step: InFlight) -> None:
-        assert step.draws is not None
-        tokens, logprobs, top = lists(step.draws)
+    def _read_draws(self, step: InFlight, draws: Sampled) -> None:
+        tokens, logprobs, top = lists(draws)
         check()
         for i, sequence in enumerate(step.rows):
             if self.sequences.get(sequence.id) is not sequence:
@@ -386,8 +390,9 @@ class Loop:
             chosen = [logprobs[i]] if logprobs is not None and asked is not None else None
             likeliest = [top[i][:asked]] if top is not None and asked else None
             self.report.rows.append(wire.Row(sequence.id, [tokens[i]], chosen, likeliest))
-            reason = sequence.finish_reason(self.eos_ids)
-            if reason is not None:
+            if verdict := self.grammars.advance(sequence, tokens[i]):
+                self._end(sequence, **verdict)
+            elif reason := sequence.finish_reason(self.eos_ids):
                 self._end(sequence, reason)
 
     def _read_chunk(self, step: InFlight) -> None:
@@ -396,10 +401,7 @@ class Loop:
         mx.eval(step.chunk_arrays)
         check()
         sequence = chunk.sequence
-        speed = step.seconds(self.read_at) / chunk.length
-        before = self.facts.seconds_per_prefill_id
-        if before is not None:
-            speed = SPEED_DECAY * speed + (1 - SPEED_DECAY) * before
+        speed = step.seconds_per_prefill_id(self.read_at, self.facts.seconds_per_prefill_id)
         self.facts = replace(self.facts, seconds_per_prefill_id=speed)
         if self.sequences.get(sequence.id) is sequence:
             sequence.computed += chunk.length
@@ -419,16 +421,14 @@ class Loop:
         self.counts["errors"] += 1
         self.counts["out_of_memory"] += memory
         accused = self.running.accused(self.sequences)
-        if not accused:
-            on_board = [s for s in self.sequences.values() if s.row is not None]
-            accused = [(s, (s.computed, s.launched + 1)) for s in on_board]
         guilty = judge(accused)
         if self.in_flight is not None:
             self.accounts.ledger.release(self.in_flight.lease)
         self.in_flight = None
-        self.sampling = None
+        self.drawing.forget()
         for sequence in [*self.leaving, *(s for s, _ in accused)]:
             self.cache.forget(sequence)
+            self.grammars.drop(sequence)
             sequence.restart()
         self.leaving = []
         for sequence in guilty:

@@ -20,6 +20,8 @@ from penstock import weights, wire
 from penstock.engine import calibrate, device, limits, loader, probe, profile
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
+from penstock.engine.drawing import Drawing
+from penstock.engine.grammar import Grammars
 from penstock.engine.loop import Loop
 from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.scheduler import Facts
@@ -120,10 +122,10 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         ),
         accounts,
         cache,
+        Grammars(accounts, Path(options.model_path), facts.vocab_size, facts.eos_ids),
+        Drawing(facts.vocab_size, facts.eos_ids, options.xtc_special),
         context_length=facts.context_length,
         eos_ids=frozenset(facts.eos_ids),
-        vocab_size=facts.vocab_size,
-        xtc_special=options.xtc_special,
         pipelined=found.pipelined,
     )
 

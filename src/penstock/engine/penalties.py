@@ -17,8 +17,12 @@ import mlx.core as mx
 from penstock.wire import Sampling
 
 IdLists = Sequence[Sequence[int]]
+Mask = tuple[int, bytes]
+"""A row, and a bit for each id of the vocabulary (or more): whether it may be drawn."""
 _Contexts = tuple[tuple[int, int], ...]
 """(row, context size) of the rows that have a penalty. A size of 0 is the whole context, as in mlx-lm."""
+
+_BITS = [[byte >> bit & 1 for bit in range(8)] for byte in range(256)]
 
 
 class Processors:
@@ -40,7 +44,14 @@ class Processors:
     def __bool__(self) -> bool:
         return bool(self._bias or self._penalties)
 
-    def apply(self, logits: mx.array, history: IdLists, inputs: mx.array, excluded: IdLists) -> mx.array:
+    def apply(
+        self,
+        logits: mx.array,
+        history: IdLists,
+        inputs: mx.array,
+        excluded: IdLists,
+        masks: Sequence[Mask] = (),
+    ) -> mx.array:
         """`logits` (B, V) as float32 and changed; the caller's array stays as it is. Lazy."""
         logits = logits.astype(mx.float32)
         if self._bias:
@@ -51,11 +62,21 @@ class Processors:
             if contexts not in pairs:
                 pairs[contexts] = _pairs(contexts, history, inputs)
             logits = _penalised(logits, kind, pairs[contexts], strengths)
+        if masks:
+            masked = mx.array([row for row, _ in masks], dtype=mx.uint32)
+            logits[masked] = mx.where(_allowed(masks, self._vocab_size), logits[masked], -mx.inf)
         forbidden = [(r, i) for r, ids in enumerate(excluded) for i in ids if 0 <= i < self._vocab_size]
         if forbidden:
             rows, ids = mx.array(forbidden).T
             logits[rows, ids] = -mx.inf
         return logits
+
+
+def _allowed(masks: Sequence[Mask], width: int) -> mx.array:
+    """The masks as (R, width) of booleans: each byte's eight bits are looked up on the device."""
+    packed = array("B", b"".join(mask for _, mask in masks))
+    rows = mx.array(packed, dtype=mx.uint8).reshape(len(masks), -1)  # type: ignore[arg-type]
+    return mx.array(_BITS, dtype=mx.bool_)[rows].reshape(len(masks), -1)[:, :width]
 
 
 def _penalised(logits: mx.array, kind: str, pairs: list[mx.array], strengths: mx.array) -> mx.array:

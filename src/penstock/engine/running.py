@@ -55,9 +55,10 @@ class Running:
             self._step_seconds += DECAY * (seconds - self._step_seconds)
 
     def accused(self, alive: Mapping[int, Sequence]) -> list[tuple[Sequence, Span]]:
-        """The rows that an error now is held against, of those that have a row and have not ended."""
+        """The rows that an error now is held against; all on board, if none of those named is there still."""
         named = [(s, (start, end)) for s, start, end in self._rows.values()]
-        return [(s, span) for s, span in named if alive.get(s.id) is s and s.row is not None]
+        named = [(s, span) for s, span in named if alive.get(s.id) is s and s.row is not None]
+        return named or [(s, (s.computed, s.launched + 1)) for s in alive.values() if s.row is not None]
 
     def _begin(self, phase: Phase, size: int, predicted: float) -> None:
         shape = (phase, size.bit_length())

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from penstock.engine import draws
-from penstock.engine.penalties import IdLists, Processors
+from penstock.engine.penalties import IdLists, Mask, Processors
 from penstock.wire import Sampling
 
 NARROW = 64
@@ -108,17 +108,19 @@ def sample(
     inputs: mx.array,
     *,
     excluded: IdLists | None = None,
+    masks: Sequence[Mask] = (),
 ) -> Sampled:
     """The next id of each row: `logits` (B, V), any float type, computed in float32. Nothing is evaluated.
 
     `positions`: the index that each row's id will have in prompt + answer. `history`: each row's ids before
     the input id, at least its last (largest context size - 1), all for a context size of 0; best array('I').
     `inputs` (B,): the ids that `logits` follow, perhaps still in flight. `excluded`: ids that a row may not
-    draw. A row whose every id is forbidden, or that has a NaN, gets any id of the vocabulary.
+    draw; `masks`: the ids that some rows may draw, and no others. A row whose every id is forbidden, or that
+    has a NaN, gets any id of the vocabulary.
     """
     x = logits
-    if batch.processors or any(excluded or ()):
-        x = batch.processors.apply(logits, history, inputs, excluded or ())
+    if batch.processors or any(excluded or ()) or masks:
+        x = batch.processors.apply(logits, history, inputs, excluded or (), masks)
     top_ids = _top_ids(x, batch.candidates) if batch.candidates else x[:, :0]
     parts = []
     for group in batch.groups:

@@ -252,7 +252,7 @@ def entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
     floor = min(CHUNK_FLOOR, length)
     drawing = facts.transient.decode([length], sequence.costly_draw)
     step = max(facts.transient.prefill(floor, length - floor), drawing)
-    return facts.costs.row(capacity) + facts.costs.states + step
+    return facts.costs.row(capacity) + facts.costs.states + step + sequence.host_bytes
 
 
 def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts, free: int) -> Chunk | None:

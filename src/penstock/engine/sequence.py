@@ -27,9 +27,12 @@ class Sequence:
         "borders",
         "cached",
         "capacity",
+        "compiling",
         "computed",
         "cuts",
         "entered",
+        "grammar",
+        "host_bytes",
         "id",
         "ignore_eos",
         "launched",
@@ -49,7 +52,8 @@ class Sequence:
         "why",
     )
 
-    def __init__(self, submit: Submit, context_length: int) -> None:
+    def __init__(self, submit: Submit, context_length: int, host_bytes: int = 0) -> None:
+        """`host_bytes`: what its grammar takes beside the row."""
         self.id = submit.id
         self.arrival = submit.arrival
         self.sampling: Sampling = submit.sampling
@@ -69,6 +73,9 @@ class Sequence:
         self.borders = submit.borders
         self.turn = submit.turn
         self.stops = submit.stops
+        self.grammar = submit.grammar
+        self.compiling = bool(submit.grammar)
+        self.host_bytes = host_bytes
         self.entered = False
         self.cached = 0
         self.why = ""
@@ -86,7 +93,7 @@ class Sequence:
     @property
     def decodable(self) -> bool:
         """Whether a decode step may take it: its input is known or on the device, and the draw counts."""
-        return self.prefill_left == 0 and self.launched + 2 <= self.limit
+        return self.prefill_left == 0 and self.launched + 2 <= self.limit and not self.compiling
 
     @property
     def until_cut(self) -> int:
@@ -105,19 +112,17 @@ class Sequence:
         return self.launched == len(self.tokens)
 
     @property
-    def drawn(self) -> int:
-        """Index in `tokens` of the id that the next decode step draws: the position in its draw's key."""
-        return self.launched + 1
-
-    @property
     def must_go_on(self) -> bool:
-        """Whether the next draw may not end the answer yet (`min_tokens`)."""
-        return self.drawn - self.prompt_length < self.min_tokens
+        """Whether the draw that was launched last may not end the answer yet (`min_tokens`).
+
+        Where a grammar says when an answer is complete, it alone does.
+        """
+        return self.launched - self.prompt_length < self.min_tokens and not self.grammar
 
     @property
     def costly_draw(self) -> bool:
-        """Whether its draws hold more than others': XTC sorts the vocabulary twice."""
-        return self.sampling.xtc_probability > 0
+        """Whether its draws hold more than others': XTC sorts the vocabulary twice, a mask is as wide."""
+        return self.sampling.xtc_probability > 0 or bool(self.grammar)
 
     @property
     def first_capacity(self) -> int:
@@ -148,6 +153,7 @@ class Sequence:
         self.capacity = 0
         self.launched = 0
         self.computed = 0
+        self.compiling = bool(self.grammar)
 
     def finish_reason(self, eos_ids: frozenset[int]) -> str | None:
         """Why it ends with its last id: 'stop' (end-of-turn id), 'length', or None if it goes on."""

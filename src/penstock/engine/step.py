@@ -18,20 +18,25 @@ from penstock.engine.scheduler import Chunk
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Lease
 
+SPEED_DECAY = 0.5
+"""Weight of the last chunk in the measured prefill speed."""
+
 
 @dataclass(slots=True)
 class InFlight:
     """A launched step: its decode rows and their draws (B,), and the prefill arrays to be waited for."""
 
     rows: tuple[Sequence, ...]
-    draws: Sampled | None
     chunk: Chunk | None
-    chunk_arrays: Any
     lease: Lease
     began: float
-    lasting: int
+    forward: tuple[mx.array, mx.array] | None = None
+    """Logits (B, V) and inputs (B,) of decode rows whose draws wait for a mask."""
+    draws: Sampled | None = None
+    chunk_arrays: Any = None
+    lasting: int = 0
     """Bytes held beside transients and the pool when it was launched: rows that end meanwhile are in it."""
-    orphans: int
+    orphans: int = 0
     """Closed rows' states in the stack that it replaced: they are there until it has run."""
 
     def seconds(self, read_at: float) -> float:
@@ -40,6 +45,12 @@ class InFlight:
         From before its launch on, because MLX's CPU back end computes most of a step in `async_eval`.
         """
         return time.monotonic() - max(self.began, read_at)
+
+    def seconds_per_prefill_id(self, read_at: float, before: float | None) -> float:
+        """The measured speed of prefill, after a chunk; `before`: what it was."""
+        assert self.chunk is not None
+        speed = self.seconds(read_at) / self.chunk.length
+        return speed if before is None else SPEED_DECAY * speed + (1 - SPEED_DECAY) * before
 
 
 def members(step: InFlight | None) -> tuple[Sequence, ...]:

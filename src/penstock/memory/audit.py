@@ -15,6 +15,8 @@ from penstock.memory.ledger import Account, Lease, Ledger
 
 TOLERANCE = 256 << 10
 """Bytes for what is too small to lease: ids, settings of draws, constants that a model makes late."""
+_APART = (Account.WEIGHTS, Account.POOL, Account.GRAMMARS)
+"""No owner is asked for these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,7 @@ def audit(ledger: Ledger, counts: Sequence[Count], active: int) -> list[Finding]
     findings = []
     named = {id(count.lease) for count in counts}
     for lease in ledger.leases():
-        if id(lease) not in named and lease.size and lease.account not in (Account.WEIGHTS, Account.POOL):
+        if id(lease) not in named and lease.size and lease.account not in _APART:
             findings.append(Finding(lease, lease.size, 0))
             ledger.correct(lease, 0, 0)
     for count in counts:
@@ -57,7 +59,7 @@ def audit(ledger: Ledger, counts: Sequence[Count], active: int) -> list[Finding]
         if count.size > lease.size or (count.size < lease.size and not count.growing):
             findings.append(Finding(lease, lease.size, count.size))
             ledger.correct(lease, count.size, lease.buffers)
-    owned = ledger.held - ledger.balance(Account.POOL)
+    owned = ledger.held - ledger.balance(Account.POOL) - ledger.balance(Account.GRAMMARS)
     excess = active - owned
     if excess > TOLERANCE or (excess < -TOLERANCE and not any(count.growing for count in counts)):
         findings.append(Finding(None, owned, active))

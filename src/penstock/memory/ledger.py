@@ -17,7 +17,10 @@ from enum import Enum
 
 
 class Account(Enum):
-    """What bytes are for. `TRANSIENT` is what a step holds beyond its rows while it runs."""
+    """What bytes are for. `TRANSIENT` is what a step holds beyond its rows while it runs.
+
+    `GRAMMARS` are the host's, which the allocator knows nothing of; all others are the device's.
+    """
 
     WEIGHTS = "weights"
     POOL = "pool"
@@ -26,6 +29,7 @@ class Account(Enum):
     CACHED = "cached"
     STAGING = "staging"
     TRANSIENT = "transient"
+    GRAMMARS = "grammars"
 
 
 @dataclass(slots=True, eq=False)

@@ -70,6 +70,7 @@ class Entry:
             borders=list(job.borders),
             turn=job.turn,
             stops=job.stops,
+            grammar=job.grammar,
             apart=self.accusation.span[1] if self.accusation is not None and self.accusation.apart else 0,
         )
 

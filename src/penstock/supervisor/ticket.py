@@ -38,6 +38,8 @@ class Job:
     """Whether a stop string may end it."""
     namespace: str = ""
     """Whose prompts it may take up from the cache."""
+    grammar: str = ""
+    """What the answer may be, as `wire.Submit` has it."""
     seed: int | None = None
     """The client's seed. None: `sampling.seed` if that is not 0, else one is drawn."""
 

@@ -19,11 +19,15 @@ from typing import Any
 
 from msgspec import Struct
 
+from penstock.text.calls import CallPart, OpenCall, append
 from penstock.text.detokenizer import Detokenizer
 from penstock.text.formats import CONTENT, HEADER, REASONING, TOOL, ReasoningMarkers
 from penstock.text.scan import Patterns
 from penstock.text.tokenizer import Tokenizer
 from penstock.text.tools import ToolCall, ToolFormat, usable_schemas
+
+LEAST_LOGPROB = -9999.0
+"""What OpenAI says of an id that can't come, as one that a grammar forbids: JSON has no infinity."""
 
 
 class Likely(Struct, frozen=True):
@@ -42,15 +46,21 @@ class TokenLogprob(Likely, frozen=True):
 
 @dataclass(slots=True)
 class Delta:
-    """What became certain. Falsy if nothing did."""
+    """What became certain. Falsy if nothing did.
+
+    tool_calls: whole, once they are read. call_parts: the same while they are written, for who streams them;
+    a call without a word in `tool_calls` was cut off, or turned out to be none.
+    """
 
     content: str = ""
     reasoning: str = ""
     tool_calls: list[ToolCall] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    call_parts: list[CallPart] = field(default_factory=list)
 
     def __bool__(self) -> bool:
-        return bool(self.content or self.reasoning or self.tool_calls or self.logprobs)
+        calls = self.tool_calls or self.call_parts
+        return bool(self.content or self.reasoning or calls or self.logprobs)
 
 
 class Assembler:
@@ -60,6 +70,8 @@ class Assembler:
     tool_schemas: the request's tools, for parsers that need the types of arguments.
     in_reasoning: the template has opened the reasoning block already.
     continues: the answer follows the prompt's text directly (no chat), so a leading space is text.
+    stream_calls: parts of calls are wanted while they are written; then a cut one is not shown as text.
+    single_call: the first call ends the answer. settled: content that has begun has no marks in it.
     """
 
     def __init__(
@@ -72,9 +84,12 @@ class Assembler:
         tool_schemas: list[Any] | None = None,
         in_reasoning: bool = False,
         continues: bool = False,
+        stream_calls: bool = False,
+        single_call: bool = False,
+        settled: bool = False,
     ) -> None:
         self.stopped_at: int | None = None
-        """After a stop string: how many of the fed ids count, up to the one that completed it."""
+        """After a stop string or the only call: how many of the fed ids count, up to that one's last."""
         self.stop: str | None = None
         """That stop string."""
         self.reasoned = 0
@@ -101,7 +116,11 @@ class Assembler:
         self._call_opening = ""
         self._call_origin = CONTENT
         self._calls = 0
-        self._said = False
+        self._stream_calls, self._single_call, self._settled = stream_calls, single_call, settled
+        self._open_call = OpenCall("", 0)
+        self._broken = False
+        """Parts of something are out that turned out to be no call, so not all calls are whole."""
+        self._said = self._said_content = False
         self._delta = Delta()
 
     def feed(
@@ -140,14 +159,15 @@ class Assembler:
         held, self._mark_held = self._mark_held, ""
         self._say(held)
         if self._state == TOOL:
-            self._end_call("", readable=reason == "stop" and self.stopped_at is None)
+            if reason != "length" or self.stopped_at is not None or not self._open_call.begun:
+                self._end_call("", readable=reason == "stop" and self.stopped_at is None)
         elif self._state == HEADER and not self._said:
             self._emit(CONTENT, "".join(self._aside))
         else:
             self._emit(self._state, self._space)
         if reason == "length" and self.stopped_at is None:
             return self._delta, "length"
-        return self._delta, "tool_calls" if self._calls else "stop"
+        return self._delta, "tool_calls" if self._calls and not self._broken else "stop"
 
     def _special(self, id: int) -> str:
         name = self._tokenizer.token_bytes(id).decode()
@@ -177,13 +197,21 @@ class Assembler:
             if mark is None:
                 self._mark_held = text[cut:]
                 return
-            self._cross(mark)
+            if self._settled and self._said_content and self._state == CONTENT:
+                self._say(mark)
+            else:
+                self._cross(mark)
+            if self._single_call and self._calls:
+                self.stopped_at, self._mark_held = self._fed, ""
+                return
             text = text[cut + len(mark) :]
 
     def _say(self, text: str) -> None:
         """Text of the current state, white space at its end kept back."""
         if self._state in (TOOL, HEADER):
             self._aside.append(text)
+            if self._state == TOOL and self._stream_calls:
+                append(self._delta.call_parts, self._open_call.push(text))
             return
         if self._fresh:
             text = text.lstrip()
@@ -201,6 +229,7 @@ class Assembler:
             self._delta.reasoning += text
         else:
             self._delta.content += text
+            self._said_content |= text != ""
 
     def _cross(self, mark: str) -> None:
         """Goes over `mark` into the next state."""
@@ -210,6 +239,8 @@ class Assembler:
         target = self._edges[self._state][mark]
         if target == TOOL:
             self._call_origin, self._call_opening = self._state, self._space + mark
+            name = self._tools.name if self._tools else ""
+            self._open_call = OpenCall(name, self._calls, single=self._single_call)
         self._aside.clear()
         self._state, self._space, self._fresh = target, "", True
 
@@ -218,12 +249,20 @@ class Assembler:
         text = "".join(self._aside)
         self._aside.clear()
         calls = self._tools.parse(text, self._schemas, self._calls) if readable and self._tools else None
+        begun = len(self._open_call.begun)
         if calls:
+            calls = self._open_call.confirmed(calls)
+        if calls:
+            calls = calls[:1] if self._single_call else calls
             self._calls += len(calls)
             self._delta.tool_calls += calls
+            if self._stream_calls:
+                whole = calls[begun:]
+                self._delta.call_parts += [CallPart(c.index, c.arguments, c.id, c.name) for c in whole]
             self._said = self._fresh = True
             self._state = self._first_state
             return
+        self._broken |= begun > 0
         self._state, self._fresh = self._call_origin, False
         self._emit(self._state, self._call_opening + text + mark)
 
@@ -233,7 +272,7 @@ class Assembler:
 
     def _spelt(self, id: int, logprob: float) -> tuple[str, float, list[int]]:
         data = self._tokenizer.token_bytes(id)
-        return data.decode("utf-8", "replace"), logprob, list(data)
+        return data.decode("utf-8", "replace"), max(logprob, LEAST_LOGPROB), list(data)
 
 
 def _edges(reasoning: ReasoningMarkers | None, tools: ToolFormat | None) -> dict[str, dict[str, str]]:

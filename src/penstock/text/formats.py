@@ -38,6 +38,8 @@ class ReasoningMarkers:
     end: str
     initial: str = CONTENT
     edges: Edges = field(default_factory=dict)
+    resumed: str = ""
+    """With headers: what is written between `end` and the next message's header, where that is known."""
 
     def transitions(self) -> dict[str, dict[str, str]]:
         """state → string → next state, without tool calls."""
@@ -52,12 +54,14 @@ class ReasoningMarkers:
         return self.initial == CONTENT and rendered_prompt.rstrip().endswith(self.start)
 
 
-def _messages(thought: str, *said: str, end: str, dropped: Iterable[str] = ()) -> ReasoningMarkers:
+def _messages(
+    thought: str, *said: str, end: str, dropped: Iterable[str] = (), resumed: str = ""
+) -> ReasoningMarkers:
     """Each message begins with a header, whose end tells thoughts from what is said."""
     headers = {thought: REASONING, **dict.fromkeys(said, CONTENT)}
     inside = {end: HEADER, **dict.fromkeys(dropped, CONTENT)}
     edges = {HEADER: headers, REASONING: {end: HEADER}, CONTENT: inside}
-    return ReasoningMarkers(thought, end, HEADER, edges)
+    return ReasoningMarkers(thought, end, HEADER, edges, resumed)
 
 
 _XTML_TOKENS = ("<|open|>", "<|close|>", "<|sep|>", "<|end_of_msg|>")
@@ -76,6 +80,7 @@ _HARMONY = _messages(
     "<|channel|>final<|message|>",
     "<|channel|>commentary<|message|>",
     end="<|end|>",
+    resumed="<|start|>assistant",
 )
 _REASONING_BY_TOKENS = {
     ("<think>", "</think>"): ReasoningMarkers("<think>", "</think>"),

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 from array import array
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text a call: thr
 import tokenizers
 
 from penstock.errors import Kind, PenstockError
+from penstock.pieces import reading
 from penstock.text.errors import ModelFilesError
 
 
@@ -75,7 +75,7 @@ class Tokenizer:
         self.control_ids = self.special_ids | eos_ids
         self.special_tokens = special_tokens(config)
         self.bos_id = self.id_of(self.special_tokens.get("bos_token", ""))
-        self.leading, to_bytes = _reading(json.loads(backend.to_str()).get("decoder"))
+        self.leading, to_bytes = reading(json.loads(backend.to_str()).get("decoder"))
         self.pieces = None if to_bytes is None else Pieces(backend.id_to_token, to_bytes)
 
     @classmethod
@@ -137,50 +137,3 @@ def special_tokens(config: dict[str, Any]) -> dict[str, str]:
     named = {key: value for key, value in config.items() if key.endswith("_token") and key[:4] != "add_"}
     texts = {key: value.get("content") if isinstance(value, dict) else value for key, value in named.items()}
     return {key: text for key, text in texts.items() if isinstance(text, str)}
-
-
-def _byte_alphabet() -> dict[int, str]:
-    """GPT-2's alphabet for bytes, for str.translate: letter → the character numbered as its byte."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    hidden = [byte for byte in range(0x100) if byte not in printable]
-    table = dict.fromkeys(hidden, "\u2603")  # outside Latin-1: marks a name that is no byte string
-    table |= {byte: chr(byte) for byte in printable}
-    return table | {0x100 + n: chr(byte) for n, byte in enumerate(hidden)}
-
-
-_BYTES_OF = _byte_alphabet()
-
-
-def _byte_level(name: str) -> bytes:
-    try:
-        return name.translate(_BYTES_OF).encode("latin-1")
-    except UnicodeEncodeError:
-        return name.encode()  # an added token, written as it is
-
-
-def _sentencepiece(name: str) -> bytes:
-    return name.replace("▁", " ").encode()
-
-
-def _byte_fallback(name: str) -> bytes:
-    byte = re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", name)
-    return bytes.fromhex(byte[1]) if byte else _sentencepiece(name)
-
-
-def _reading(decoder: dict[str, Any] | None) -> tuple[str, Callable[[str], bytes] | None]:
-    """How the pieces of a `decoder` (as tokenizer.json writes it) read: (leading, name → bytes or None)."""
-    steps = [decoder] if decoder else []
-    while len(steps) == 1 and steps[0].get("type") == "Sequence":
-        steps = steps[0]["decoders"]
-    kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"]:
-        return "", _byte_level
-    if kinds == ["Metaspace"] and steps[0].get("replacement") == "▁":
-        return "" if steps[0].get("prepend_scheme", "always") == "never" else "all", _sentencepiece
-    spaces = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
-    if kinds[:3] == ["Replace", "ByteFallback", "Fuse"] and steps[0] == spaces:
-        if kinds[3:] == []:
-            return "", _byte_fallback
-        if steps[3:] == [{"type": "Strip", "content": " ", "start": 1, "stop": 0}]:
-            return "one", _byte_fallback
-    return "", None
