@@ -394,6 +394,7 @@ class Loop:
         chunk = step.chunk
         assert chunk is not None
         mx.eval(step.chunk_arrays)
+        step.chunk_arrays = None  # where its row leaves now, nothing of it may outlive the lease
         check()
         sequence = chunk.sequence
         speed = step.seconds(self.read_at) / chunk.length
