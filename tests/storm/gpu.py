@@ -19,23 +19,21 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from tests.storm.harness import Storm
+from tests.storm.harness import Storm, measured
 from tests.storm.subjects import LARGE, Subject, large, toy
 
-from penstock.engine import calibrate, device, probe, seams
+from penstock.engine import device, probe, seams
 from penstock.memory.predict import Transient
 
 ROOM = 48 << 30
 """Bytes that calibration may use on a GPU."""
 
 
-def measured(subject: Subject, longest: int, times: int) -> Transient:
-    """The predictor, as the server gets it at its start. What compiles kernels may be slow the first time."""
+def calibrated(subject: Subject, longest: int, times: int) -> Transient:
+    """The predictor; what compiles kernels may be slow the first time."""
     for _ in range(times):
         began = time.monotonic()
-        transient = calibrate.calibrate(
-            subject.runner, subject.vocab, room=subject.room, context_length=subject.context, longest=longest
-        )
+        transient = measured(subject, longest)
         print(f"calibrated in {time.monotonic() - began:.1f} s: {transient}", flush=True)
     return transient
 
@@ -112,7 +110,7 @@ def main() -> int:
         args.chunk = longest or LARGE[name][2]
         ahead = not probe.copies(subject.runner._model, subject.runner.mode)
         print(f"steps are launched ahead: {ahead}", flush=True)
-        transient = measured(subject, args.chunk, args.calibrate)
+        transient = calibrated(subject, args.chunk, args.calibrate)
         facts = {"model": name, "words": subject.words, "launched_ahead": ahead, "seed": args.seed}
         facts |= {"device": device.name(), "context": args.context, "longest_chunk": args.chunk}
         for mode in args.modes.split(","):

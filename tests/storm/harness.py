@@ -52,6 +52,18 @@ class Launch:
     """Into the prompt cache, while it ran."""
 
 
+def measured(subject: Subject, longest: int) -> Transient:
+    """The predictor, as the server gets it at its start."""
+    return calibrate.calibrate(
+        subject.runner,
+        subject.vocab,
+        room=subject.room,
+        context_length=subject.context,
+        longest=longest,
+        per_score=subject.per_score,
+    )
+
+
 class Storm:
     """One model, one budget, one seed."""
 
@@ -70,9 +82,7 @@ class Storm:
         subject = small(subject) if isinstance(subject, str) else subject
         self.random = random.Random(seed)
         self.runner, self.context = subject.runner, subject.context
-        self.transient = transient or calibrate.calibrate(
-            self.runner, subject.vocab, room=subject.room, context_length=self.context, longest=longest
-        )
+        self.transient = transient or measured(subject, longest)
         costs = calibrate.costs_of(self.runner)
         mx.synchronize()
         mx.clear_cache()
@@ -274,8 +284,12 @@ class Storm:
             return self.record
         finally:
             sequence.FIRST_ROOM = first_room
-            mx.set_cache_limit(self.cache_limit)
-            mx.set_memory_limit(self.memory_limit)
+            self.restore()
+
+    def restore(self) -> None:
+        """MLX's limits as they were before."""
+        mx.set_cache_limit(self.cache_limit)
+        mx.set_memory_limit(self.memory_limit)
 
     def _open(self) -> bool:
         return bool(self.engine.channel.inbox or self.engine.loop.sequences)

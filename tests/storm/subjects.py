@@ -13,8 +13,9 @@ from mlx.utils import tree_flatten, tree_map
 from tests.support import scaled_models
 
 from bench import models as bench_models
-from penstock.engine import gated_delta
+from penstock.engine import device, gated_delta
 from penstock.engine.batch import Runner
+from penstock.memory import estimate
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen3": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32},
@@ -42,12 +43,20 @@ class Subject:
     room: int
     """Bytes that calibration may use."""
     words: str = ""
+    per_score: float = 0.0
+    """What attention must be expected to hold of a (query, key) pair, in bytes: as the server does."""
 
 
 def small(name: str, context: int = 8_192) -> Subject:
     """One of `SHAPES` in float32."""
     runner = scaled_models.runner(name, **SHAPES[name])
-    return Subject(runner, scaled_models.VOCAB, context, 4 << 30, name)
+    score = _per_score(scaled_models.config_of(name, **SHAPES[name]), scaled_models.VOCAB)
+    return Subject(runner, scaled_models.VOCAB, context, 4 << 30, name, score)
+
+
+def _per_score(config: dict[str, Any], vocab: int) -> float:
+    backend = device.backend()
+    return estimate.per_score(estimate.Shape.of(config, vocab, 4 if backend == "cpu" else 2), backend)
 
 
 _MOE: dict[str, Any] = {
@@ -131,7 +140,8 @@ def _drawn(name: str, config: dict[str, Any], dtype: mx.Dtype, context: int, roo
             continue
         inner = config.get("text_config", config)
         words = f"{name}, {inner['num_hidden_layers']} layers, {bits}, {dtype} else, {runner.mode}"
-        return Subject(runner, inner["vocab_size"], context, room, "; ".join([words, *problems]))
+        vocab, told = inner["vocab_size"], "; ".join([words, *problems])
+        return Subject(runner, vocab, context, room, told, _per_score(config, vocab))
     raise RuntimeError("; ".join(problems))
 
 

@@ -12,15 +12,15 @@ from dataclasses import replace
 
 import mlx.core as mx
 import pytest
-from tests.storm.harness import Storm
+from tests.storm.harness import Storm, measured
 from tests.storm.record import Record
-from tests.storm.subjects import SHAPES
+from tests.storm.subjects import SHAPES, small
 
 from penstock.engine.accounts import Accounts
 from penstock.engine.sequence import Sequence
 from penstock.memory.audit import TOLERANCE
 from penstock.memory.costs import Costs
-from penstock.memory.predict import Scalars, Transient
+from penstock.memory.predict import Curve, Scalars, Transient
 
 STEPS = int(os.environ.get("STORM_STEPS", "2000"))
 IN_USE = 0.85
@@ -129,8 +129,7 @@ def test_states_of_rows_that_left_are_leased_and_would_be_missed(monkeypatch: py
 @pytest.mark.storm
 def test_a_constant_predictor_fails() -> None:
     """The positive control of the medians: the worst of all, predicted for everything, wastes most of it."""
-    real = Storm("qwen3_5", pipelined=False)
-    most = real.transient.prefill(256, 8_192)
+    most = measured(small("qwen3_5"), 1_024).prefill(256, 8_192)
     constant = Transient(Scalars(most, 0, 0), Scalars(most, 0, 0))
     record = Storm("qwen3_5", share=2.5, pipelined=False, transient=constant, longest=256).run(150)
     assert record.median_of_big_chunks() < 0.75
@@ -139,9 +138,10 @@ def test_a_constant_predictor_fails() -> None:
 @pytest.mark.storm
 def test_half_the_scores_fails() -> None:
     """The positive control of the bound: a predictor that forgets a part is found out."""
-    real = Storm("qwen3_5", pipelined=False)
-    curve = real.transient.chunk
-    forgetful = replace(real.transient, chunk=replace(curve, per_score=curve.per_score / 2, hidden=0.0))  # type: ignore[type-var,attr-defined]
+    real = measured(small("qwen3_5"), 1_024)
+    assert isinstance(real.chunk, Curve)
+    lines = tuple(replace(line, start=line.start / 2, per_key=line.per_key / 2) for line in real.chunk.lines)
+    forgetful = replace(real, chunk=replace(real.chunk, lines=lines))
     storm = Storm("qwen3_5", seed=1, share=1.15, pipelined=False, transient=forgetful)
     storm.bound = 10.0
     assert storm.run(150).worst() > 1.0
@@ -159,6 +159,7 @@ def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
         storm.engine.submit([storm.random.randrange(1, 2_000) for _ in range(600)], max_tokens=100)
     storm.engine.play()
     storm.engine.close()
+    storm.restore()
     show(name, storm.record)
     assert len(storm.record.in_use) >= 50
     assert statistics.median(storm.record.in_use) >= 0.85
