@@ -44,7 +44,7 @@ def storm(subject: Subject, transient: Transient, args: argparse.Namespace, pipe
         seed=args.seed,
         share=args.share,
         pipelined=pipelined,
-        cache=args.cache == "on" or (args.cache == "auto" and pipelined),
+        cache=args.cache == "on",
         transient=transient,
         longest=args.chunk,
     )
@@ -89,7 +89,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2_000)
     parser.add_argument("--seconds", type=float, default=240, help="a storm at most (%(default)s)")
     parser.add_argument("--share", type=float, default=1.15, help="of the longest alone (%(default)s)")
-    parser.add_argument("--cache", choices=("auto", "on", "off"), default="auto", help="auto: in service")
+    parser.add_argument("--cache", choices=("on", "off"), default="on", help="the prompt cache (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--calibrate", type=int, default=1, help="how many times (%(default)s)")
     return parser.parse_args()
