@@ -62,6 +62,17 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 64,
         "vocab_size": 1024,
     },
+    # A chunk of 256 ids takes a CPU a fraction of the stall target, also behind thousands of others.
+    "small": {
+        **_QWEN3,
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "intermediate_size": 128,
+        "num_attention_heads": 1,
+        "num_key_value_heads": 1,
+        "head_dim": 64,
+        "vocab_size": 1024,
+    },
     "hybrid": {
         **_QWEN3_5,
         "text_config": {

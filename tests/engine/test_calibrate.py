@@ -56,6 +56,19 @@ def test_chunks_and_contexts_that_were_not_measured_stay_below_their_prediction(
     assert statistics.median(big) >= 0.75
 
 
+@pytest.mark.parametrize(("context_length", "longest"), [(4_096, 4_096), (2_048, 2_048), (4_096, 3_500)])
+def test_what_context_costs_is_measured_where_a_chunk_may_be_as_long_as_it(
+    context_length: int, longest: int
+) -> None:
+    runner = scaled_models.runner("qwen3_5")
+    transient = calibrate.calibrate(
+        runner, scaled_models.VOCAB, room=ROOM, context_length=context_length, longest=longest
+    )
+    half = context_length // 2
+    for length, context in [(256, context_length - 258), (300, half), (16, half)]:
+        assert measure(runner, length, context).peak <= transient.prefill(length, context), (length, context)
+
+
 @pytest.mark.storm
 def test_a_constant_or_a_flat_predictor_fails_that_test() -> None:
     """The positive control: what ignores the context, or the chunk, is far off on the same grid."""

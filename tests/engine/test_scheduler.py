@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from penstock.engine.accounts import Accounts
 from penstock.engine.scheduler import (
+    OVERTAKING,
     Admit,
     Chunk,
     ClearPool,
@@ -26,7 +27,7 @@ from penstock.engine.scheduler import (
 )
 from penstock.engine.sequence import Sequence
 from penstock.guilt import Accusation
-from penstock.memory.costs import CHUNK_FLOOR, Costs, Fit
+from penstock.memory.costs import CHUNK_FLOOR, FIRST_ROOM, Costs, Fit
 from penstock.memory.predict import Scalars, Transient
 from penstock.wire import Sampling, Submit
 
@@ -259,6 +260,38 @@ def test_a_chunk_shrinks_to_what_fits_and_no_further_than_the_floor() -> None:
 def test_waits_in_order_of_arrival() -> None:
     waiting = [sequence(i, 3, arrival=10 - i) for i in range(6)]
     assert schedule(waiting, FACTS, PLENTY) == Admit(waiting[5], waiting[5].first_capacity)
+
+
+@pytest.mark.parametrize("preempted", [False, True])
+def test_who_has_ended_before_the_first_in_line_could_begin_passes_it_for_nothing(preempted: bool) -> None:
+    running = board(sequence(1, 400, max_tokens=100))
+    running.launched = running.computed = 399
+    large, quick, slow = (sequence(2, 2_000), sequence(3, 50, max_tokens=20), sequence(4, 50, max_tokens=300))
+    if preempted:
+        large.preempt(0)
+    room = Room(free=1_500_000)
+    passing = schedule([running, large, slow, quick], FACTS, room)
+    assert passing == Admit(quick, 70)
+    passing = schedule([running, large, slow], FACTS, room)
+    assert passing == Admit(slow, 350, past=large)  # it may hold it up, which is counted
+    passing.book()
+    assert large.overtaken == 350
+    large.overtaken = (1 if preempted else OVERTAKING) * large.first_capacity
+    assert isinstance(schedule([running, large, slow], FACTS, room), Plan)
+    assert schedule([running, large, slow, quick], FACTS, room) == Admit(quick, 70)
+    # It has been running for a while: the quick one would end later.
+    running.limit = running.launched + 20
+    assert isinstance(schedule([running, large, quick], FACTS, room), Plan)
+
+
+def test_nobody_passes_for_nothing_with_a_longer_answer_than_a_row_begins_with() -> None:
+    running = board(sequence(1, 400, max_tokens=None))
+    running.launched = running.computed = 399
+    large, room = sequence(2, 3_000), Room(free=2_500_000)
+    large.overtaken = 3 * large.first_capacity
+    slow, quick = (sequence(3, 50, max_tokens=FIRST_ROOM + more) for more in (1, -10))
+    assert isinstance(schedule([running, large, slow], FACTS, room), Plan)
+    assert schedule([running, large, quick], FACTS, room) == Admit(quick, quick.first_capacity)
 
 
 def test_a_short_prompt_does_not_wait_behind_a_long_one() -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from bench.models import prompt_text, write_model_dir
-from tests.storm.harness import SHAPES
+from tests.storm.subjects import SHAPES
 from tests.support import scaled_models
 from tests.support.hang_ups import leave, post, until
 from tests.support.whole_server import PENSTOCK, WholeServer

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.models import prompt_text, write_model_dir
-from tests.storm.harness import SHAPES
+from tests.storm.subjects import SHAPES
 from tests.support import scaled_models
 from tests.support.traced_engine import SERVE
 from tests.support.whole_server import WholeServer

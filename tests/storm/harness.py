@@ -7,39 +7,26 @@ that step, by kind. The allocator's own counters are read around the loop's `_la
 
 from __future__ import annotations
 
+import math
 import random
-import statistics
-from collections import Counter, defaultdict
-from dataclasses import dataclass, field
+import time
+from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
-from tests.support import scaled_models
+from tests.storm.record import Record
+from tests.storm.subjects import Subject, small
 from tests.support.engine_loop import EngineLoop
 
 from penstock import wire
-from penstock.engine import calibrate, sequence
+from penstock.engine import calibrate, limits, scheduler, sequence
 from penstock.memory.audit import TOLERANCE
 from penstock.memory.costs import Fit
 from penstock.memory.ledger import Account
 from penstock.memory.predict import Transient
 
-CONTEXT = 8_192
-PLENTY = 4 << 30
-SHAPES: dict[str, dict[str, Any]] = {
-    "qwen3": {"hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 3, "head_dim": 32},
-    "qwen3_moe": {"hidden_size": 128, "moe_intermediate_size": 128, "num_hidden_layers": 3, "head_dim": 32},
-    "qwen3_5": {
-        "hidden_size": 128,
-        "intermediate_size": 384,
-        "num_attention_heads": 2,
-        "linear_num_value_heads": 2,
-        "linear_num_key_heads": 1,
-        "linear_key_head_dim": 64,
-        "linear_value_head_dim": 64,
-    },
-}
-"""A dense model, a mixture of experts, a hybrid with head_dim 256."""
+ROWS, PROMPTS, OPEN = 12, 8, 24
+"""Rows at once, prompts at once, requests that are open all the time."""
 
 SETTINGS: list[dict[str, Any]] = [
     {},
@@ -51,7 +38,7 @@ SETTINGS: list[dict[str, Any]] = [
 
 @dataclass
 class Launch:
-    """What was planned, and what the engine held then."""
+    """What was planned, and what the engine held then and was to hold when its rows have grown."""
 
     kind: str
     predicted: int
@@ -60,46 +47,21 @@ class Launch:
     active: int
     lasting: int
     """Under lease beside the pool and transients."""
+    words: str
+    copied: bool = False
+    """Into the prompt cache, while it ran."""
 
 
-@dataclass
-class Record:
-    """What a storm has shown."""
-
-    steps: int = 0
-    ratios: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
-    """By kind: (measured ÷ predicted, measured bytes)."""
-    largest_share: float = 0.0
-    """Of the budget, held by one step's transient."""
-    in_use: list[float] = field(default_factory=list)
-    """Shares of the budget that were leased when a step was launched while a request waited."""
-    tightest: float = 0.0
-    """Peak ÷ bound."""
-    counts: Counter[str] = field(default_factory=Counter)
-    chunk_lengths: set[int] = field(default_factory=set)
-    longest_context: int = 0
-
-    def lines(self) -> list[str]:
-        found = [
-            f"{self.steps} steps, peak at most {self.tightest:.3f} of the bound, transient at most "
-            f"{self.largest_share:.2f} of the budget, {len(self.chunk_lengths)} chunk lengths, "
-            f"context to {self.longest_context}, {dict(self.counts)}"
-        ]
-        if self.in_use:
-            found.append(f"in use while requests wait: median {statistics.median(self.in_use):.2f}")
-        for kind, ratios in sorted(self.ratios.items()):
-            worst, median = max(r for r, _ in ratios), statistics.median(r for r, _ in ratios)
-            found.append(f"{kind:14s} {len(ratios):5d} × worst {worst:.2f} median {median:.2f}")
-        return found
-
-    def median_of_big_chunks(self) -> float:
-        big = [
-            r for kind, all_ in self.ratios.items() if "prefill" in kind for r, size in all_ if size > 10e6
-        ]
-        return statistics.median(big)
-
-    def worst(self) -> float:
-        return max(ratio for ratios in self.ratios.values() for ratio, _ in ratios)
+def measured(subject: Subject, longest: int) -> Transient:
+    """The predictor, as the server gets it at its start."""
+    return calibrate.calibrate(
+        subject.runner,
+        subject.vocab,
+        room=subject.room,
+        context_length=subject.context,
+        longest=longest,
+        per_score=subject.per_score,
+    )
 
 
 class Storm:
@@ -107,7 +69,7 @@ class Storm:
 
     def __init__(
         self,
-        name: str,
+        subject: Subject | str,
         *,
         seed: int = 0,
         share: float = 1.5,
@@ -117,34 +79,36 @@ class Storm:
         longest: int = 1024,
     ) -> None:
         """`share`: the budget as a multiple of what the longest sequence needs alone."""
+        subject = small(subject) if isinstance(subject, str) else subject
         self.random = random.Random(seed)
-        self.runner = scaled_models.runner(name, **SHAPES[name])
-        self.transient = transient or calibrate.calibrate(
-            self.runner, scaled_models.VOCAB, room=PLENTY, context_length=CONTEXT, longest=longest
-        )
+        self.runner, self.context = subject.runner, subject.context
+        self.transient = transient or measured(subject, longest)
         costs = calibrate.costs_of(self.runner)
         mx.synchronize()
         mx.clear_cache()
         self.weights = mx.get_active_memory()
-        self.alone = Fit(costs, self.transient).alone(CONTEXT)
+        self.alone = Fit(costs, self.transient).alone(self.context)
         self.ceiling = self.weights + int(share * self.alone)
+        self.cache_limit, self.memory_limit = mx.set_cache_limit(0), mx.set_memory_limit(self.ceiling)
         self.engine = EngineLoop(
             self.runner,
-            vocab_size=scaled_models.VOCAB,
-            context_length=CONTEXT,
+            vocab_size=subject.vocab,
+            context_length=self.context,
             pipelined=pipelined,
             weights=self.weights,
             ceiling=self.ceiling,
             cache_bytes=None if cache else 0,
             transient=self.transient,
             chunk_longest=longest,
-            decode_concurrency=12,
-            prompt_concurrency=4,
+            decode_concurrency=ROWS,
+            prompt_concurrency=PROMPTS,
             stall_target=1e9,
         )
+        accounts = self.engine.accounts
+        accounts.set_pool, accounts.set_throttle = limits.set_pool, mx.set_memory_limit  # as in service
         self.record = Record()
         self.bound = 1.0
-        self.pool = 0
+        self.pool = self.peak = self.leased = 0
         self.launches: list[Launch] = []
         self._watch()
 
@@ -161,24 +125,68 @@ class Storm:
 
         def watched_launch(plan: Any) -> Any:
             if not self.launches:
-                mx.reset_peak_memory()
+                self._new_peak()
                 self.pool = accounts.ledger.balance(Account.POOL)
             self.launches.append(self._planned(plan))
+            self.leased = accounts.lasting
             return launch(plan)
 
         def watched_observe(step: Any) -> None:
-            self._compare(mx.get_peak_memory())
+            self._compare(self._new_peak())
+            self.record.pool_beyond = max(self.record.pool_beyond, int(mx.get_cache_memory()) - self.pool)
             observe(step)
             self.pool = accounts.ledger.balance(Account.POOL)
 
         loop._launch, loop._observe, accounts.set_pool = watched_launch, watched_observe, watched_pool  # type: ignore[method-assign]
+        if not loop.pipelined:
+            self._watch_cache()
+
+    def _watch_cache(self) -> None:
+        """What the prompt cache holds while it copies, beside what it has asked room for."""
+        cache, accounts = self.engine.cache, self.engine.accounts
+        room = cache._room
+
+        def watched_room(size: int) -> bool:
+            granted = room(size)
+            self.leased = max(self.leased, accounts.lasting + size * granted)
+            return granted
+
+        def watched(kind: str, act: Any) -> Any:
+            def run(*args: Any, **named: Any) -> None:
+                step = self.launches[0] if self.launches else None
+                if step is not None and "prefill" in step.kind:
+                    before = accounts.lasting
+                    act(*args, **named)
+                    step.copied |= accounts.lasting != before  # the peak is the chunk's and the copy's
+                    return
+                mx.synchronize()  # the step has been read, but its last buffers may still be about to go
+                peak, leased = self._new_peak(), self.leased
+                active, before = int(mx.get_active_memory()), accounts.lasting
+                self.leased = before
+                row = accounts.rows[args[0].id].size if kind == "assemble" else 0  # leased, but not yet there
+                act(*args, **named)
+                self.record.copied(kind, self._new_peak() - active, self.leased - before + row)
+                self.peak, self.leased = peak, max(leased, self.leased)
+
+            return run
+
+        cache._room = watched_room  # type: ignore[method-assign]
+        cache.enter = watched("assemble", cache.enter)  # type: ignore[method-assign]
+        for name in ("leave", "preempt", "reached"):
+            setattr(cache, name, watched("publish", getattr(cache, name)))
+
+    def _new_peak(self) -> int:
+        """The peak since it was asked for last; where the cache has copied meanwhile, without that."""
+        peak, self.peak = max(self.peak, int(mx.get_peak_memory())), 0
+        mx.reset_peak_memory()
+        return peak
 
     def _planned(self, plan: Any) -> Launch:
         loop, ledger = self.engine.loop, self.engine.accounts.ledger
         on_board = [s for s in loop.sequences.values() if s.row is not None]
         parts = ["growth"] if plan.grow else []
         if plan.chunk is not None:
-            parts.append(f"prefill {10 * plan.chunk.sequence.launched // (CONTEXT + 1)}")
+            parts.append(f"prefill {10 * plan.chunk.sequence.launched // (self.context + 1)}")
             self.record.chunk_lengths.add(plan.chunk.length)
             self.record.longest_context = max(
                 self.record.longest_context, plan.chunk.sequence.launched + plan.chunk.length
@@ -191,15 +199,41 @@ class Storm:
         waiting = len(loop.sequences) > len(on_board)
         self.record.counts["waits"] += waiting
         if waiting and len(on_board) < loop.facts.decode_concurrency:
-            self.record.in_use.append((ledger.held + plan.transient) / ledger.budget)
+            in_use = (ledger.held + plan.transient) / ledger.budget
+            self.record.in_use.append(in_use)
+            self.record.unused[self._why_unused(plan)] += max(0.0, 1 - in_use)
+        growth = sum(loop.facts.costs.growth(s.capacity, capacity) for s, capacity in plan.grow)
         return Launch(
             " + ".join(parts),
             plan.transient,
             ledger.budget,
             len(on_board) == 1,
-            int(mx.get_active_memory()),
-            self.engine.accounts.lasting,
+            int(mx.get_active_memory()) + growth,
+            self.engine.accounts.lasting + growth,
+            f"{len(plan.decode)} rows of {sum(s.launched + 1 for s in plan.decode)} ids, growing "
+            f"{[(s.capacity, capacity) for s, capacity in plan.grow]}, chunk of "
+            f"{plan.chunk and (plan.chunk.length, plan.chunk.sequence.launched)}",
         )
+
+    def _why_unused(self, plan: Any) -> str:
+        """What keeps everybody who waits from the bytes that this plan leaves."""
+        loop = self.engine.loop
+        facts, ledger = replace(loop.facts, departures=loop.accounts.departures), loop.accounts.ledger
+        ordered = sorted(loop.sequences.values(), key=lambda s: s.arrival)
+        waiting = [s for s in ordered if s.row is None]
+        on_board = [s for s in ordered if s.row is not None]
+        free = ledger.room - plan.transient
+        needs = {s.id: scheduler.entry_bytes(s, s.first_capacity, facts) for s in waiting}
+        head = waiting[0]
+        if sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency:
+            return "prompts at once"
+        if not any(need <= free for need in needs.values()):
+            return "nobody fits"
+        if head.preempted_at is not None:
+            if not head.may_return(facts.departures):
+                return "first was preempted, departures"
+            return "first was preempted, " + ("its growth" if needs[head.id] <= free else "its size")
+        return "passing is used up"
 
     def _compare(self, peak: int) -> None:
         """Peak and pool since the last read, against the budgets of the steps that ran since then."""
@@ -213,21 +247,29 @@ class Storm:
             active = int(mx.get_active_memory())
             lasting = self.engine.accounts.lasting
             assert active <= lasting + TOLERANCE, "something lasts that is not leased"
-            leased = max(step.lasting, lasting) + step.predicted + TOLERANCE
+            leased = max(step.lasting, lasting, self.leased) + step.predicted + TOLERANCE
             assert peak <= leased * self.bound, "the step held more than was leased"
+            if step.copied:
+                return
             measured = max(0, peak - max(step.active, active))
-            self.record.ratios[step.kind].append((measured / max(1, step.predicted), measured))
+            ratio = measured / max(1, step.predicted)
+            if ratio > self.record.worst():
+                self.record.worst_step = f"{step.kind}, {measured} of {step.predicted} bytes: {step.words}"
+            self.record.ratios[step.kind].append((ratio, measured))
 
     # -- traffic -------------------------------------------------------------------------------------
 
-    def run(self, steps: int, *, traffic: bool = True) -> Record:
-        """Traffic until that many steps were computed, then everything is ended.
+    def run(self, steps: int, *, traffic: bool = True, seconds: float = math.inf) -> Record:
+        """Traffic until that many steps were computed, or so long, then everything is ended.
 
         Without `traffic` only what was submitted before, to its end or to that many steps.
         """
         first_room, sequence.FIRST_ROOM = sequence.FIRST_ROOM, 32  # rows grow early, and often
+        began = time.monotonic()
         try:
             while self.record.steps < steps and (traffic or self._open()):
+                if time.monotonic() - began > seconds:
+                    break
                 if traffic:
                     self._disturb()
                 self.engine.turn()
@@ -237,11 +279,17 @@ class Storm:
             for _ in range(4):
                 self.engine.turn()
             self.record.counts.update(self.engine.loop.counts)
+            self.record.seconds = time.monotonic() - began
             self.engine.close()
             return self.record
         finally:
             sequence.FIRST_ROOM = first_room
-            mx.set_cache_limit(PLENTY)
+            self.restore()
+
+    def restore(self) -> None:
+        """MLX's limits as they were before."""
+        mx.set_cache_limit(self.cache_limit)
+        mx.set_memory_limit(self.memory_limit)
 
     def _open(self) -> bool:
         return bool(self.engine.channel.inbox or self.engine.loop.sequences)
@@ -249,7 +297,7 @@ class Storm:
     def _disturb(self) -> None:
         draw = self.random.random
         alive = list(self.engine.loop.sequences.values())
-        if len(alive) < 10:
+        if len(alive) < OPEN:
             self._submit()
         if alive and draw() < 0.01:
             self.engine.end(self.random.choice(alive).id)
@@ -262,9 +310,10 @@ class Storm:
 
     def _submit(self) -> None:
         rng = self.random
-        length = min(CONTEXT - 60, int(16 * 2 ** (9.2 * rng.random() ** 1.5)))
+        doublings = math.log2(1.15 * self.context / 16)
+        length = min(self.context - 60, int(16 * 2 ** (doublings * rng.random() ** 1.5)))
         if self.engine.next_id % 16 == 3:
-            length = CONTEXT - 60
+            length = self.context - 60
         shared = rng.choice([0, 0, length // 2, 3 * length // 4])
         ids = [7 + i % 1000 for i in range(shared)] + rng.choices(range(1, 2000), k=length - shared)
         hot = rng.choice(SETTINGS)

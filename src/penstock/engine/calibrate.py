@@ -91,8 +91,10 @@ def calibrate(
     longest = max(1, min(longest, context_length - 2))
     alone = bench.alone(longest)
     quarter = room // (4 * max(1, costs_of(runner).kv_per_token))  # ids of a row that takes so much of it
-    long = max(1, min(LONG, context_length - longest - 2, max(LEAST_LONG, quarter)))
-    deep = bench.deep([s.chunks[0][0] for s in alone], long)
+    # A chunk may be as long as the model's context; what context costs is to be seen even then.
+    spare = min(longest, max(*SHORT_CHUNKS, context_length // 4))
+    long = max(1, min(LONG, context_length - spare - 2, max(LEAST_LONG, quarter)))
+    deep = bench.deep([n for n in (s.chunks[0][0] for s in alone) if n <= spare], long)
     steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
     usual, costly = (max(bench.draw(sampling) for _ in range(3)) for sampling in (USUAL, COSTLY))
     bench.close()

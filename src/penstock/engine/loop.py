@@ -399,6 +399,7 @@ class Loop:
         chunk = step.chunk
         assert chunk is not None
         mx.eval(step.chunk_arrays)
+        step.chunk_arrays = None  # where its row leaves now, nothing of it may outlive the lease
         check()
         sequence = chunk.sequence
         speed = step.seconds_per_prefill_id(self.read_at, self.facts.seconds_per_prefill_id)

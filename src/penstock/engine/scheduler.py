@@ -11,9 +11,10 @@ pass the budget up to the ceiling where one row is left, end that one request. F
 shrinks first, down to its floor. The oldest row is never preempted, so it ends, hence every row ends.
 
 Who waits comes on board by age. Where the first in line does not fit yet, younger ones that do may pass it:
-otherwise one large prompt leaves the budget half empty while it waits for its share. They may pass with
-`OVERTAKING` times its own ids in all, so a large one waits for what is in proportion to itself; then the
-board drains until it fits. Nobody passes a preempted one: what it gave up would never come together again.
+otherwise one large prompt leaves the budget half empty while it waits for its share. Whoever has ended before
+enough rows have ended for it, both at the latest, passes for nothing (backfilling). The others may pass with
+`OVERTAKING` times its own ids in all, a preempted one with as many as its own, so a large one waits for what
+is in proportion to itself; then the board drains until it fits.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from penstock.engine.sequence import Sequence
-from penstock.memory.costs import CHUNK_FLOOR, Costs, grown
+from penstock.memory.costs import CHUNK_FLOOR, FIRST_ROOM, Costs, grown
 from penstock.memory.predict import Transient
 
 LONE_CHUNK = 1.5
@@ -213,16 +214,35 @@ def _admission(
     if not waiting or len(on_board) >= facts.decode_concurrency:
         return None
     head = waiting[0]
-    allowed = OVERTAKING * head.first_capacity - head.overtaken
+    times = OVERTAKING if head.preempted_at is None else 1
+    allowed = times * head.first_capacity - head.overtaken
+    until = _steps_until(head, on_board, facts, room.free + room.pool + room.evictable)
     prompts_full = sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency
-    for sequence in waiting[: 1 if head.preempted_at is not None else LOOK_AHEAD]:
-        past = None if sequence is head else head
-        if (prompts_full and sequence.prefill_left) or (past and sequence.first_capacity > allowed):
+    for sequence in waiting[:LOOK_AHEAD]:
+        if prompts_full and sequence.prefill_left:
+            continue
+        delays = sequence is not head and sequence.steps_left >= min(until, FIRST_ROOM)
+        if delays and sequence.first_capacity > allowed:
             continue
         measure = _entry(sequence, on_board, facts, room, free)
         if measure is not None:
-            return replace(measure, past=past) if isinstance(measure, Admit) else measure
+            return replace(measure, past=head) if delays and isinstance(measure, Admit) else measure
     return None
+
+
+def _steps_until(sequence: Sequence, on_board: list[Sequence], facts: Facts, free: int) -> int:
+    """In how many steps, at the latest, enough rows have ended for it: or all, if that is not enough.
+
+    `free` without the present step's transient, which is gone by then.
+    """
+    lacking, ends = entry_bytes(sequence, sequence.first_capacity, facts) - free, 0
+    needed = 0 if sequence.preempted_at is None else sequence.preempted_at + sequence.preemptions
+    for count, row in enumerate(sorted(on_board, key=lambda s: s.steps_left)):
+        if lacking <= 0 and facts.departures + count >= needed:
+            break
+        lacking -= facts.costs.row(row.capacity)
+        ends = row.steps_left
+    return ends
 
 
 def _entry(

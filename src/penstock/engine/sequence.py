@@ -14,7 +14,7 @@ from array import array
 from typing import Any
 
 from penstock.guilt import Accusation
-from penstock.memory.costs import FIRST_ROOM, grown
+from penstock.memory.costs import CHUNK_FLOOR, FIRST_ROOM, grown
 from penstock.wire import Sampling, Submit, unpack_ids
 
 
@@ -89,6 +89,11 @@ class Sequence:
     def prefill_left(self) -> int:
         """Ids to compute before the next one can be drawn: all but the last, which a decode step takes."""
         return max(0, len(self.tokens) - 1 - self.launched)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps in which it has ended, if it need not wait for others' chunks."""
+        return -(-self.prefill_left // CHUNK_FLOOR) + self.limit - max(len(self.tokens), self.launched)
 
     @property
     def decodable(self) -> bool:

@@ -1,0 +1,115 @@
+"""What a storm has shown: figures per step, as lines for people and as fields for programs."""
+
+from __future__ import annotations
+
+import statistics
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from penstock.memory.audit import TOLERANCE
+
+BIG = 10e6
+"""Bytes from which on a chunk's prediction has to be tight and not only safe."""
+SCALARS = 4 << 10
+"""Bytes of indices and the like beside a copy, which has no margin."""
+
+
+@dataclass
+class Record:
+    """Figures of one storm."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    ratios: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
+    """By what a step did: (measured ÷ predicted, measured bytes)."""
+    worst_step: str = ""
+    largest_share: float = 0.0
+    """Of the budget, held by one step's transient."""
+    in_use: list[float] = field(default_factory=list)
+    """Shares of the budget that were leased when a step was launched while a request waited for bytes."""
+    unused: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    """Shares of the budget that were free then, summed up by what kept them so."""
+    tightest: float = 0.0
+    """Peak ÷ bound."""
+    pool_beyond: int = 0
+    """Bytes that the allocator kept above its cap when a step had been read."""
+    counts: Counter[str] = field(default_factory=Counter)
+    chunk_lengths: set[int] = field(default_factory=set)
+    longest_context: int = 0
+
+    def copied(self, kind: str, measured: int, leased: int) -> None:
+        """Bytes that the prompt cache held more while it copied, and what it had room for."""
+        assert measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted"
+        if measured > TOLERANCE:
+            self.ratios[kind].append(((measured - SCALARS) / leased, measured))
+
+    def median_in_use(self) -> float:
+        return statistics.median(self.in_use) if self.in_use else 0.0
+
+    def median_of_big_chunks(self) -> float:
+        """Of steps with a chunk that held more than `BIG` bytes: measured ÷ predicted."""
+        big = [r for kind, all_ in self.ratios.items() if "prefill" in kind for r, size in all_ if size > BIG]
+        return statistics.median(big) if big else 0.0
+
+    def worst(self) -> float:
+        return max((ratio for ratios in self.ratios.values() for ratio, _ in ratios), default=0.0)
+
+    def by_kind(self) -> dict[str, list[tuple[float, int]]]:
+        """The ratios of all steps that did a thing, whatever else they did."""
+        found: dict[str, list[tuple[float, int]]] = defaultdict(list)
+        for kinds, ratios in self.ratios.items():
+            for kind in kinds.split(" + "):
+                found[kind] += ratios
+        return dict(sorted(found.items()))
+
+    def lines(self) -> list[str]:
+        found = [
+            f"{self.steps} steps in {self.seconds:.0f} s, peak at most {self.tightest:.3f} of the bound, "
+            f"transient at most {self.largest_share:.2f} of the budget, {len(self.chunk_lengths)} chunk "
+            f"lengths, context to {self.longest_context}, pool {self.pool_beyond} bytes beyond its cap, "
+            f"{dict(self.counts)}"
+        ]
+        if self.in_use:
+            found.append(f"in use while requests wait: median {self.median_in_use():.2f}")
+            total = sum(self.unused.values())
+            shares = [
+                f"{why} {share / total:.2f}"
+                for why, share in sorted(self.unused.items(), key=lambda pair: -pair[1])
+            ]
+            found.append(f"  of what was not: {', '.join(shares)}")
+        for kind, ratios in self.by_kind().items():
+            worst, median = max(r for r, _ in ratios), statistics.median(r for r, _ in ratios)
+            found.append(f"{kind:10s} {len(ratios):5d} × worst {worst:.2f} median {median:.2f}")
+        if self.worst_step:
+            found.append(f"worst: {self.worst_step}")
+        if big := self.median_of_big_chunks():
+            found.append(f"chunks above {BIG / 1e6:.0f} MB: median {big:.2f}")
+        return found
+
+    def fields(self) -> dict[str, Any]:
+        kinds = {
+            kind: {
+                "steps": len(ratios),
+                "worst": max(r for r, _ in ratios),
+                "median": statistics.median(r for r, _ in ratios),
+                "largest_bytes": max(size for _, size in ratios),
+            }
+            for kind, ratios in self.by_kind().items()
+        }
+        return {
+            "steps": self.steps,
+            "seconds": self.seconds,
+            "peak_by_bound": self.tightest,
+            "largest_transient_by_budget": self.largest_share,
+            "chunk_lengths": len(self.chunk_lengths),
+            "longest_context": self.longest_context,
+            "pool_beyond_its_cap_bytes": self.pool_beyond,
+            "counts": dict(self.counts),
+            "in_use_while_waiting": {"steps": len(self.in_use), "median": self.median_in_use()},
+            "unused_by_reason": dict(self.unused),
+            "measured_by_predicted": kinds,
+            "worst": self.worst(),
+            "worst_step": self.worst_step,
+            "median_of_big_chunks": self.median_of_big_chunks(),
+        }
