@@ -99,6 +99,7 @@ def assemble(row: Row, parts: Sequence[Part]) -> None:
         leaf.offset = length
         mx.eval(leaf.keys, leaf.values)
     row.length = length
+    row.settle()
 
 
 def snapshot(row: Row, position: int, states: Iterable[list[mx.array | None]] | None = None) -> Snapshot:

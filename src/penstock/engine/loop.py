@@ -409,7 +409,7 @@ class Loop:
     # -- errors ---------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Nothing since the last clean read is believed: the rows of those steps are computed again.
+        """Nothing since the last clean read is believed: the rows of those steps start again from there.
 
         Who is guilty fails alone; the rows that were not running go on as they are.
         """
@@ -427,8 +427,9 @@ class Loop:
             self.accounts.ledger.release(self.in_flight.lease)
         self.in_flight = None
         self.sampling = None
+        collect_errors()
         for sequence in [*self.leaving, *(s for s, _ in accused)]:
-            self.cache.forget(sequence)
+            (self.cache.forget if sequence in guilty else self.cache.rescue)(sequence)
             sequence.restart()
         self.leaving = []
         for sequence in guilty:
@@ -438,7 +439,6 @@ class Loop:
         self.running.only(())
         self.trial = True
         self.facts = replace(self.facts, stacked=())
-        collect_errors()
 
     def _audit(self) -> None:
         """With nothing in flight: does everyone hold what the books say?"""

@@ -9,7 +9,7 @@ Invariant: what is published was read cleanly and is never written again.
 
 from __future__ import annotations
 
-from array import array
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -28,6 +28,8 @@ from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Account, Lease
+
+log = logging.getLogger("penstock.engine")
 
 STRIDE = 16
 """Ids of an answer between the states that a row with stop strings keeps of it."""
@@ -90,11 +92,13 @@ class PromptCache:
         match = self.tree.match(sequence.namespace, ids)
         if match.usable:
             pin = self.tree.pin(match, self._now)
-            parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
-            store.assemble(sequence.row, parts)
-            if match.checkpoint is not None:
-                store.restore(sequence.row, match.checkpoint.handle)
-            self._free(self.tree.unpin(pin, self._now))
+            try:
+                parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
+                store.assemble(sequence.row, parts)
+                if match.checkpoint is not None:
+                    store.restore(sequence.row, match.checkpoint.handle)
+            finally:
+                self._free(self.tree.unpin(pin, self._now))
             sequence.launched = sequence.computed = match.usable
         sequence.cached, sequence.why = match.usable, match.why
         cover = self.tree.lend(sequence.namespace, sequence.row)
@@ -114,6 +118,7 @@ class PromptCache:
 
     def reached(self, sequence: Sequence) -> None:
         """A chunk was read cleanly: keep the state if this is where one was wanted."""
+        sequence.row.settle()
         if sequence.computed in sequence.cuts and sequence.computed == sequence.row.length:
             self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[:1]))
 
@@ -146,13 +151,17 @@ class PromptCache:
             return
         if self.tree.stateful and cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
-        del self._covers[sequence.id]
         self._passed.pop(sequence.id, None)
-        if self._pack(cover, sequence.row):
-            self._free(self.tree.drop(cover, self._now))
-            self._close(sequence)
-        else:
-            self._adopt(sequence, cover)
+        packed = False
+        try:
+            packed = self._pack(cover, sequence.row)
+        finally:
+            del self._covers[sequence.id]
+            if packed:
+                self._free(self.tree.drop(cover, self._now))
+                self._close(sequence)
+            else:
+                self._adopt(sequence, cover)
 
     def preempt(self, sequence: Sequence) -> None:
         """The row's memory moves to the cache as it is; nothing is allocated."""
@@ -163,6 +172,16 @@ class PromptCache:
         del self._covers[sequence.id]
         self._passed.pop(sequence.id, None)
         self._adopt(sequence, cover)
+
+    def rescue(self, sequence: Sequence) -> None:
+        """A step with the row failed, and MLX is clean again: keep what was read before, if it is there."""
+        try:
+            if sequence.row is not None and sequence.row.is_intact:
+                self.preempt(sequence)
+        except RuntimeError:
+            log.debug("what a failed step's row holds could not be kept", exc_info=True)
+        if sequence.row is not None:
+            self.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the row may be believed, or nothing is there: drop it."""
@@ -211,11 +230,11 @@ class PromptCache:
         cover = self._covers.get(sequence.id)
         if cover is None:
             return
-        while sequence.computed > cover.length:
-            ids = array("I", sequence.tokens[cover.length : sequence.computed])
+        while ids := sequence.tokens[cover.length : sequence.computed]:
             cut = self.tree.extend(cover, ids, self._now)
-            if cut is None or not self._cut(cut):
-                return
+            if cut is not None and not self._cut(cut):
+                break
+        self._free(self.tree.shed(cover, self._now))
 
     def _cut(self, cut: Cut) -> bool:
         """Copy a segment in two; False if there is no room for the copies."""
