@@ -138,6 +138,7 @@ def restore(row: Row, taken: Snapshot) -> None:
 
 def _segment(arrays: list[mx.array], order: tuple[tuple[int, int], ...], count: int) -> Segment:
     mx.eval(arrays)
+    mx.synchronize()  # what it was copied from may go now
     return Segment(arrays, order, count, int(mx.get_array_buffer_size(arrays)))
 
 

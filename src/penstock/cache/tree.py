@@ -24,6 +24,9 @@ from penstock.cache.value import is_read
 
 SEGMENT = 512
 """Ids of a segment at most."""
+SPARE = 1 / 10
+"""Of all ids, those that a live row may hold beside segments: they need no copy when it ends. What is nearest
+to the root stays, which others share, and it is the first to go when bytes are short."""
 Piece = tuple[Any, int, int]
 """K/V to copy: (handle, first id in it, how many). A row's first id is its position."""
 Stored = tuple[Any, int, int]
@@ -202,13 +205,28 @@ class Tree(Holdings):
     # What is kept
 
     def shed(self, cover: Cover, now: float) -> list[Any]:
-        """Let go of what a live row has copied: from now on it is borrowed from it."""
+        """A live row has copied what it found: let go of that, from its end, but for a little that may stay.
+
+        From now on it is borrowed from the row. Buffers that were adopted go when all they hold is borrowed.
+        """
         freed: list[Any] = []
-        self._shed(cover, 0, freed)
+        ids, size = self._held_twice()
+        surplus = ids - int(self.tokens * SPARE)
+        if surplus > 0:
+            self._shed(cover, self.bytes - size * surplus // ids, freed)
         for other in [other for other in self._covers if not other.live and not is_read(other)]:
             if not self.unpacked(other):
                 self._remove(other, freed)
         return self._within_caps(now, freed)
+
+    def _held_twice(self) -> tuple[int, int]:
+        """Ids and bytes of the segments that a live row has copied."""
+        reach: dict[Node, int] = {}
+        for cover in self._covers:
+            for node in cover.path() if cover.live else ():
+                reach[node] = max(reach.get(node, 0), cover.length)
+        twice = [s for node, length in reach.items() for s in node.segments if s.end <= length]
+        return sum(s.end - s.start for s in twice), sum(s.size for s in twice)
 
     def unpacked(self, cover: Cover) -> list[tuple[int, int]]:
         """(start, ids) of a row's runs that nobody else holds, each at most a segment, in order."""

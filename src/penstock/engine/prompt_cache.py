@@ -259,10 +259,11 @@ class PromptCache:
         self._free(self.tree.keep(cover, taken.position, taken, taken.size, self._now, anchor))
 
     def _pack(self, cover: Cover, row: Row) -> bool:
-        """Copy what no segment holds into segments; False where room runs out."""
-        for start, count in self.tree.unpacked(cover):
-            if not self._room(self.costs.kv_per_token * count):
-                return False
+        """Copy what nobody else holds into segments; False where there is no room for all of it."""
+        runs = self.tree.unpacked(cover)
+        if not self._room(self.costs.kv_per_token * sum(count for _, count in runs)):
+            return False
+        for start, count in runs:
             segment = store.pack(row, start, count)
             self._buffers += len(segment.arrays)
             self._free(self.tree.pack(cover, [(segment, count, segment.size)], self._now))
