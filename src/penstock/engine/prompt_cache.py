@@ -149,7 +149,7 @@ class PromptCache:
         if cover is None:
             self._close(sequence)
             return
-        if self.tree.stateful and cover.length == sequence.row.length:
+        if self.tree.stateful and 0 < cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
         self._passed.pop(sequence.id, None)
         packed = False
