@@ -91,7 +91,7 @@ def kv_over_ids(tree: Tree, rows: list[Cover], shared: int) -> float:
 @pytest.mark.parametrize("stateful", [False, True], ids=["dense", "hybrid"])
 @pytest.mark.parametrize(("sessions", "at_once"), [(1, 1), (3, 2), (10, 1), (10, 4)])
 def test_with_live_rows_the_reports_traffic_is_held_once(sessions: int, at_once: int, stateful: bool) -> None:
-    """At every step of rows that overlap. A prefix is copied into its row once a turn, and back when it ends."""
+    """At every step of rows that overlap. What a row holds alone is copied back when it ends."""
     made = requests(issue1390(0, 1.0, sessions))
     shared = min(request.borders[0] for request in made)  # everybody's system prompt
     tree = Tree(stateful, STATE)

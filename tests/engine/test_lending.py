@@ -1,4 +1,4 @@
-"""Rows that lend the prefixes they hold: whatever becomes of the lender, who is handed them computes the same.
+"""Rows that lend the prefixes they hold: whatever becomes of the lender, who reads them computes the same.
 
 Log-probabilities against engines that cache nothing, with positive controls; and any history of requests,
 cancels, preemptions, evictions and failed steps, over prompts that share prefixes and part inside segments.
@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
-from hypothesis import HealthCheck, settings
+from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 from tests.support import faults, tiny_models
@@ -23,6 +23,7 @@ from tests.support.tree_laws import check
 
 from penstock import wire
 from penstock.engine.batch import Runner
+from penstock.engine.calibrate import costs_of
 from penstock.engine.scheduler import Preempt
 from penstock.engine.sequence import Sequence
 
@@ -46,6 +47,12 @@ def ids(count: int, seed: int) -> list[int]:
 def make(name: str, cache_bytes: int | None = None) -> EngineLoop:
     runner = Runner(tiny_models.build(name))
     return EngineLoop(runner, vocab_size=tiny_models.VOCAB, cache_bytes=cache_bytes, chunk_longest=32)
+
+
+@cache
+def per_id(name: str) -> int:
+    """Bytes of an id's keys and values."""
+    return costs_of(Runner(tiny_models.build(name))).kv_per_token
 
 
 def submit(engine: EngineLoop, prompt: list[int], most: int = MOST) -> int:
@@ -226,6 +233,26 @@ def test_a_hit_that_fails_while_it_is_copied_drops_nothing(monkeypatch: pytest.M
     engine.close()
 
 
+@pytest.mark.parametrize("cap", [0.3, 0.7, 1.2])
+@pytest.mark.parametrize("adopted", [False, True])
+def test_a_cap_that_takes_some_of_the_copies_leaves_the_rest_right(cap: float, adopted: bool) -> None:
+    """The copies of a row that ends are kept together, whatever of them and of others the cap takes then."""
+    engine = make("qwen3", int(cap * len(PARENT) * per_id("qwen3")))
+    parent = submit(engine, PARENT)
+    until(engine, lambda: bool(engine.answers[parent].tokens))
+    if adopted:
+        engine.cache._room = lambda size: False  # type: ignore[method-assign]
+        ends(engine, parent)
+        del engine.cache._room  # type: ignore[method-assign]
+    engine.play()
+    again = submit(engine, CHILD)
+    engine.play()
+    assert engine.loop.counts["errors"] == 0
+    assert engine.answers[again].cached > 0 or adopted, "an adopted buffer goes as a whole"
+    assert difference(engine.answers[again], fresh("qwen3", tuple(CHILD))) <= TOLERANCE
+    engine.close()
+
+
 # -- any history --------------------------------------------------------------------------------------
 
 PROMPTS = [SHARED[:cut] + ids(tail, 10 * cut + tail) for cut in (35, 64, 77, 100) for tail in (3, 21)] + [
@@ -240,9 +267,10 @@ seen: Counter[str] = Counter()
 class LendingMachine(RuleBasedStateMachine):
     name = ""
 
-    @initialize()
-    def start(self) -> None:
-        self.engine = make(self.name)
+    @initialize(cap=st.sampled_from([None, None, 0.5, 1.5]))
+    def start(self, cap: float | None) -> None:
+        """`cap`: of the cache, as a share of the longest prompt's bytes."""
+        self.engine = make(self.name, cap and int(cap * len(PARENT) * per_id(self.name)))
         self.asked: dict[int, tuple[int, ...]] = {}
 
     @rule(prompt=st.sampled_from(PROMPTS))
@@ -327,6 +355,7 @@ def test_any_history_of_lending_computes_the_same(name: str) -> None:
     chosen = settings(
         max_examples=20,
         stateful_step_count=25,
+        phases=[Phase.generate],  # smaller examples would take an engine each
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,

@@ -429,7 +429,7 @@ class Loop:
         self.sampling = None
         collect_errors()
         for sequence in [*self.leaving, *(s for s, _ in accused)]:
-            (self.cache.forget if sequence in guilty else self.cache.rescue)(sequence)
+            self.cache.rescue(sequence)
             sequence.restart()
         self.leaving = []
         for sequence in guilty:

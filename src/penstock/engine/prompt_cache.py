@@ -22,7 +22,7 @@ from penstock.cache import store
 from penstock.cache.checkpoints import positions
 from penstock.cache.nodes import Cover
 from penstock.cache.summary import summary
-from penstock.cache.tree import Cut, Tree
+from penstock.cache.tree import Cut, Stored, Tree
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
@@ -152,16 +152,16 @@ class PromptCache:
         if self.tree.stateful and 0 < cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
         self._passed.pop(sequence.id, None)
-        packed = False
+        copies = None
         try:
-            packed = self._pack(cover, sequence.row)
+            copies = self._copies(cover, sequence.row)
         finally:
             del self._covers[sequence.id]
-            if packed:
-                self._free(self.tree.drop(cover, self._now))
-                self._close(sequence)
-            else:
+            if copies is None:
                 self._adopt(sequence, cover)
+            else:
+                self._free(self.tree.drop(cover, self._now, copies))
+                self._close(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """The row's memory moves to the cache as it is; nothing is allocated."""
@@ -203,8 +203,10 @@ class PromptCache:
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
         for row, (cover, _) in list(self._adopted.items()):
-            if not self._pack(cover, row):
+            copies = self._copies(cover, row)
+            if copies is None:
                 return
+            self._free(self.tree.pack(cover, copies, self._now))
 
     def leases(self) -> list[Lease]:
         """What it holds, for the audit."""
@@ -258,16 +260,17 @@ class PromptCache:
         self._buffers += taken.buffers
         self._free(self.tree.keep(cover, taken.position, taken, taken.size, self._now, anchor))
 
-    def _pack(self, cover: Cover, row: Row) -> bool:
-        """Copy what nobody else holds into segments; False where there is no room for all of it."""
+    def _copies(self, cover: Cover, row: Row) -> list[Stored] | None:
+        """Segments of what nobody else holds, to be kept all at once: a cap may take some of them again.
+
+        None where there is no room for them.
+        """
         runs = self.tree.unpacked(cover)
         if not self._room(self.costs.kv_per_token * sum(count for _, count in runs)):
-            return False
-        for start, count in runs:
-            segment = store.pack(row, start, count)
-            self._buffers += len(segment.arrays)
-            self._free(self.tree.pack(cover, [(segment, count, segment.size)], self._now))
-        return True
+            return None
+        made = [store.pack(row, start, count) for start, count in runs]
+        self._buffers += sum(len(segment.arrays) for segment in made)
+        return [(segment, segment.count, segment.size) for segment in made]
 
     def _room(self, size: int) -> bool:
         return self.accounts.ledger.can_reserve(size)
