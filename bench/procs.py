@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,9 +68,17 @@ class Server:
     """A running server. `with Server(...) as server:` ends it, whatever happens."""
 
     def __init__(
-        self, system: str, model: Path, log: Path, *, gpu: bool = False, data_limit: int | None = None
+        self,
+        system: str,
+        model: Path,
+        log: Path,
+        *,
+        gpu: bool = False,
+        data_limit: int | None = None,
+        options: Sequence[str] = (),
     ) -> None:
-        """`data_limit`: RLIMIT_DATA in bytes for each process of the tree."""
+        """`data_limit`: RLIMIT_DATA in bytes for each process of the tree; `options` beside the defaults."""
+        self.options = options
         self.system, self.model, self.log, self.gpu = system, model, log, gpu
         self.data_limit = data_limit
         self.port = free_port()
@@ -80,7 +89,7 @@ class Server:
     def __enter__(self) -> Server:
         with self.log.open("ab") as log:
             self.process = subprocess.Popen(
-                command(self.system, self.model, self.port),
+                [*command(self.system, self.model, self.port), *self.options],
                 env=environment(gpu=self.gpu),
                 stdout=log,
                 stderr=log,

@@ -3,13 +3,15 @@
 Both servers are started as the reporter did: a model, no memory option. The limit comes from outside. On CPUs
 it is RLIMIT_DATA, which holds for every process of the tree: who passes it gets no memory from the system, in
 MLX a segmentation fault. On a CUDA device (--gpu) another process holds the rest of the device's memory.
-Prints requests, losses, peak and wall time of each, and how its process ended.
+Prints requests, losses, peak and wall time of each, what its prompt cache holds at the end, and how its
+process ended. With --cache-bytes both get that cap, and the share of ids that were cached is what counts.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -28,7 +30,7 @@ from penstock.traffic.client import Player
 from penstock.traffic.profiles import Event, issue1390
 from penstock.traffic.report import markdown, rows, summary
 
-MORE = ("unfinished", "books", "engine_deaths", "counts")
+MORE = ("stored_mb", "unfinished", "books", "engine_deaths", "counts")
 SYSTEMS = ("mlx_lm.server", "penstock")
 
 
@@ -86,10 +88,13 @@ class Run:
     gpu: bool
     seconds: float
     """After that what has not been answered is left; its requests count as unfinished."""
+    options: tuple[str, ...] = ()
+    """Of both servers, beside their defaults."""
 
     def measure(self, system: str, model: Path, log: Path) -> dict[str, Any]:
         """One run of one system: its figures, and how it was at the end."""
-        with procs.Server(system, model, log, gpu=self.gpu, data_limit=self.rlimit) as server:
+        limits: dict[str, Any] = {"gpu": self.gpu, "data_limit": self.rlimit, "options": self.options}
+        with procs.Server(system, model, log, **limits) as server:
             server.wait_ready(600.0)
             books = Books(server.port)
             if system == "penstock":
@@ -108,6 +113,8 @@ class Run:
             found = summary([watch.Run(list(player.records), seconds, [(0.0, peak)])])
             found["unfinished"] = len({(e.session, e.turn) for e in self.events} - done)
             found["end"] = "alive" if code is None else f"ended with {code}"
+            if code is None:
+                found["stored_mb"] = stored(system, server)
             if system == "penstock" and code is None:
                 found["books"] = {"held_at_most": books.held, "share_of_budget_at_most": books.share}
                 found["engine_deaths"] = books.last.get("engine_deaths")
@@ -115,9 +122,20 @@ class Run:
             return found
 
 
+def stored(system: str, server: procs.Server) -> float:
+    """MB in the server's prompt cache, by its own words: the last in the log, or /v1/status."""
+    time.sleep(1.5)  # until it has said it
+    if system == "penstock":
+        with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/v1/status", timeout=10) as answer:
+            return float(json.load(answer)["cache"]["bytes"]) / 1e6
+    said = re.findall(r"Prompt Cache: .*?([\d.]+) GB", server.log.read_text())
+    return float(said[-1]) * 1e3 if said else 0.0
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.report1390", description=__doc__)
-    parser.add_argument("--limit", type=float, default=1.7, help="RLIMIT_DATA in GB (%(default)s)")
+    parser.add_argument("--limit", type=float, default=1.7, help="RLIMIT_DATA in GB; 0: none (%(default)s)")
+    parser.add_argument("--cache-bytes", help="--prompt-cache-bytes of both")
     parser.add_argument("--scale", type=float, default=0.042, help="of the profile's lengths (%(default)s)")
     parser.add_argument("--sessions", type=int, default=5)
     parser.add_argument("--seed", type=int, default=0)
@@ -134,7 +152,9 @@ def main() -> int:
     events = issue1390(args.seed, args.scale, args.sessions)
     events = events if args.hang_up else patient(events)
     events = [event for event in events if args.turns is None or event.turn < args.turns]
-    run = Run(events, None if args.gpu else int(args.limit * 1e9), args.gpu is not None, args.seconds)
+    rlimit = None if args.gpu else int(args.limit * 1e9) or None
+    cap = ("--prompt-cache-bytes", args.cache_bytes) if args.cache_bytes else ()
+    run = Run(events, rlimit, args.gpu is not None, args.seconds, cap)
     found: dict[str, Any] = {"limit_gb": args.gpu or args.limit, "scale": args.scale}
     with tempfile.TemporaryDirectory(prefix="penstock-bench-") as scratch:
         model = args.model_dir or Path(scratch) / "model"

@@ -6,9 +6,11 @@ from dataclasses import replace
 from itertools import pairwise
 
 import pytest
-from tests.support.agent_traffic import STATE, Oracle, OracleTree, Request, requests, serve
+from tests.support.agent_traffic import STATE, Oracle, OracleTree, Request, extend, requests, serve
+from tests.support.tree_laws import check
 
 from penstock.cache.checkpoints import differs
+from penstock.cache.nodes import Cover, Node, below
 from penstock.cache.tree import Tree
 from penstock.traffic.profiles import Event, agent, issue1390
 
@@ -77,6 +79,63 @@ def test_the_reports_traffic_is_stored_once_and_its_states_are_few(seed: int) ->
     assert once.stored <= 1.10 * dense.tokens
     assert with_states.stored <= 1.30 * hybrid.tokens
     assert with_states.cached >= 0.995 * once.cached
+
+
+def kv_over_ids(tree: Tree, rows: list[Cover], shared: int) -> float:
+    """K/V of tree and rows ÷ (unique ids + one copy of the shared prefix per additional row)."""
+    states = sum(kept.size for node in nodes_of(tree) for kept in node.checkpoints.values())
+    held = tree.bytes - states + sum(row.length for row in rows)
+    return held / max(1, tree.tokens + shared * max(0, len(rows) - 1))
+
+
+@pytest.mark.parametrize("stateful", [False, True], ids=["dense", "hybrid"])
+@pytest.mark.parametrize(("sessions", "at_once"), [(1, 1), (3, 2), (10, 1), (10, 4)])
+def test_with_live_rows_the_reports_traffic_is_held_once(sessions: int, at_once: int, stateful: bool) -> None:
+    """At every step of rows that overlap. What a row holds alone is copied back when it ends."""
+    made = requests(issue1390(0, 1.0, sessions))
+    shared = min(request.borders[0] for request in made)  # everybody's system prompt
+    tree = Tree(stateful, STATE)
+    rows: dict[Cover, Request] = {}
+    worst, back = 0.0, 0
+
+    def look() -> None:
+        nonlocal worst
+        worst = max(worst, kv_over_ids(tree, list(rows), shared))
+
+    def end(now: int) -> None:
+        nonlocal back
+        row = next(iter(rows))
+        del rows[row]
+        runs = tree.unpacked(row)
+        back += sum(count for _, count in runs)
+        tree.drop(row, now, [((now, at), count, count) for at, count in runs])
+        look()
+
+    for now, request in enumerate(made):
+        while len(rows) == at_once or any(request.prompt[: len(r.prompt)] == r.prompt for r in rows.values()):
+            end(now)
+        match = tree.match("", request.prompt[:-1])
+        tree.unpin(tree.pin(match, now), now)
+        row = tree.lend("", (now, 0))
+        rows[row] = request
+        whole = request.prompt + request.answer[:-1]
+        for upto in (match.usable, (match.usable + len(whole)) // 2, len(whole)):
+            extend(tree, row, whole[:upto], now)
+            tree.shed(row, now)
+            look()
+        if stateful:
+            for place in (request.borders[0], len(request.prompt)):
+                tree.keep(row, place, (now, place), STATE, now)
+    while rows:
+        end(len(made))
+    check(tree)
+    print(f"{sessions} sessions: at most {worst:.3f}, {back / len(made):,.0f} ids a turn copied back")
+    assert worst <= 1.15
+    assert tree.tokens == sum(s.end - s.start for node in nodes_of(tree) for s in node.segments)
+
+
+def nodes_of(tree: Tree) -> list[Node]:
+    return [node for root in tree._roots.values() for node in below(root)]
 
 
 def test_the_states_of_short_sessions_are_no_more_than_they_need() -> None:

@@ -187,6 +187,24 @@ class TreeMachine(RuleBasedStateMachine):
         assert row.cover.length == len(whole)
         self.remember()
 
+    @rule(data=st.data())
+    @precondition(lambda self: self.rows)
+    def shed(self, data: st.DataObject) -> None:
+        """Nothing is lost; what only a live row need hold is little, but for what others or pins need."""
+        row = data.draw(st.sampled_from(self.rows))
+        have, now = self.there(), self.tick()
+        freed = self.tree.shed(row.cover, now)
+        assert all(isinstance(handle, Row) or handle.ids for handle in freed) or self.capped
+        self.free(freed)
+        if not self.capped:
+            assert self.there() == have
+        ids, size = self.tree._held_twice()
+        assert size == ids * SIZE
+        own = [node.segments[-1] for node in row.cover.path() if node.segments]
+        spare = ids <= self.tree.tokens * tree_module.SPARE
+        assert spare or self.pins or not any(s.end <= row.cover.length for s in own)
+        self.remember()
+
     @rule(data=st.data(), slack=st.integers(0, 5))
     @precondition(lambda self: self.rows)
     def adopt(self, data: st.DataObject, slack: int) -> None:

@@ -222,6 +222,8 @@ def test_shedding_spares_what_pins_read_and_what_the_row_has_not() -> None:
     tree.extend(other, ids((5_000, 10)), 3)
     short = tree.lend("", "short")
     tree.extend(short, ids((5_000, 5)), 3)
+    assert tree.unpacked(short) == [], "the other row holds it, too"
+    assert tree.drop(other, 3) == []
     assert tree.unpacked(short) == [(0, 5)], "no further than the row goes"
     check(tree)
 
@@ -246,9 +248,15 @@ def test_what_is_held_twice_by_rows_goes_without_loss() -> None:
     row, other = tree.lend("", "row"), tree.lend("", "other")
     tree.extend(row, ids((0, 100)), 5)
     tree.extend(other, ids((0, 100)), 5)
-    tree.adopt(row, "buffers", 150, 5)
-    assert tree.evict(1, 6) == ["buffers"]
+    assert tree.adopt(row, "buffers", 150, 5) == ["buffers"], "the other lends it"
     assert tree.tokens == 200
+    tree.adopt(other, "others", 150, 5)
+    again = tree.lend("", "again")
+    tree.extend(again, ids((0, 90)), 6)
+    assert tree.shed(again, 6) == []
+    tree.extend(again, ids((90, 20)), 6)
+    assert tree.shed(again, 6) == ["others"]
+    assert (tree.bytes, tree.tokens) == (100, 210)
 
 
 def test_states_go_with_their_ids_and_thinning_spares_others() -> None:

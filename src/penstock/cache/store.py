@@ -99,6 +99,7 @@ def assemble(row: Row, parts: Sequence[Part]) -> None:
         leaf.offset = length
         mx.eval(leaf.keys, leaf.values)
     row.length = length
+    row.settle()
 
 
 def snapshot(row: Row, position: int, states: Iterable[list[mx.array | None]] | None = None) -> Snapshot:
@@ -137,6 +138,7 @@ def restore(row: Row, taken: Snapshot) -> None:
 
 def _segment(arrays: list[mx.array], order: tuple[tuple[int, int], ...], count: int) -> Segment:
     mx.eval(arrays)
+    mx.synchronize()  # what it was copied from may go now
     return Segment(arrays, order, count, int(mx.get_array_buffer_size(arrays)))
 
 
@@ -146,23 +148,23 @@ def _buffers(row: Row) -> list[mx.array]:
 
 
 def _pieces(part: Part) -> list[mx.array]:
-    """Views of a part in the row's order, each (heads, count, width)."""
+    """Views of a part in the row's order, each (1, heads, count, width)."""
     end = part.start + part.count
     if isinstance(part.source, Row):
-        return [buffer[0, :, part.start : end] for buffer in _buffers(part.source)]
+        return [buffer[:, :, part.start : end] for buffer in _buffers(part.source)]
     source = part.source
-    return [source.arrays[group][place, :, part.start : end] for group, place in source.order]
+    return [source.arrays[group][place : place + 1, :, part.start : end] for group, place in source.order]
 
 
 def _joined(pieces: list[mx.array], room: int) -> mx.array:
     """One buffer (1, heads, ids + room, width) of its own; written in place, so that nothing exists twice."""
-    heads, _, width = pieces[0].shape
-    length = sum(piece.shape[1] for piece in pieces)
+    _, heads, _, width = pieces[0].shape
+    length = sum(piece.shape[2] for piece in pieces)
     joined = mx.zeros((1, heads, length + room, width), pieces[0].dtype)
     start = 0
     for piece in pieces:
-        joined[0, :, start : start + piece.shape[1]] = piece
-        start += piece.shape[1]
+        joined[:, :, start : start + piece.shape[2]] = piece  # all axes as slices: twice as fast
+        start += piece.shape[2]
     return joined
 
 

@@ -13,16 +13,20 @@ Invariant: each id is stored once and has K/V, as have all above it; totals are 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from penstock.cache.checkpoints import surplus
 from penstock.cache.holdings import Holdings
 from penstock.cache.nodes import WIDTH, Checkpoint, Cover, Node, Pin, Segment, common, enter, up, walk
+from penstock.cache.value import is_read
 
 SEGMENT = 512
 """Ids of a segment at most."""
+SPARE = 1 / 10
+"""Of all ids, those that a live row may hold beside segments: they need no copy when it ends. What is nearest
+to the root stays, which others share, and it is the first to go when bytes are short."""
 Piece = tuple[Any, int, int]
 """K/V to copy: (handle, first id in it, how many). A row's first id is its position."""
 Stored = tuple[Any, int, int]
@@ -200,13 +204,46 @@ class Tree(Holdings):
 
     # What is kept
 
+    def shed(self, cover: Cover, now: float) -> list[Any]:
+        """A live row has copied what it found: let go of that, from its end, but for a little that may stay.
+
+        From now on it is borrowed from the row. Buffers that were adopted go when all they hold is borrowed.
+        """
+        freed: list[Any] = []
+        ids, size = self._held_twice()
+        surplus = ids - int(self.tokens * SPARE)
+        if surplus > 0:
+            self._shed(cover, self.bytes - size * surplus // ids, freed)
+        for other in [other for other in self._covers if not other.live and not is_read(other)]:
+            if not self.unpacked(other):
+                self._remove(other, freed)
+        return self._within_caps(now, freed)
+
+    def _held_twice(self) -> tuple[int, int]:
+        """Ids and bytes of the segments that a live row has copied."""
+        reach: dict[Node, int] = {}
+        for cover in self._covers:
+            for node in cover.path() if cover.live else ():
+                reach[node] = max(reach.get(node, 0), cover.length)
+        twice = [s for node, length in reach.items() for s in node.segments if s.end <= length]
+        return sum(s.end - s.start for s in twice), sum(s.size for s in twice)
+
     def unpacked(self, cover: Cover) -> list[tuple[int, int]]:
-        """(start, ids) of a row's runs that no segment holds, each at most a segment, in order."""
-        found: list[tuple[int, int]] = []
+        """(start, ids) of a row's runs that nobody else holds, each at most a segment, in order."""
+        return [
+            (at, min(SEGMENT, end - at))
+            for _, start, end in self._alone(cover)
+            for at in range(start, end, SEGMENT)
+        ]
+
+    def _alone(self, cover: Cover) -> Iterator[tuple[Node, int, int]]:
+        """Where nobody else holds what the row does, as nodes' rests, split off where segments can begin."""
         for node in reversed(list(cover.path())):
-            end = min(node.end, cover.length)
-            found += [(at, min(SEGMENT, end - at)) for at in range(node.packed, end, SEGMENT)]
-        return found
+            start, end = node.available(without=cover), min(node.end, cover.length)
+            if start < end:
+                if node.packed < start:
+                    node.split(start)
+                yield node, start, end
 
     def pack(self, cover: Cover, stored: Sequence[Stored], now: float) -> list[Any]:
         """Keep copies of the row's first runs that `unpacked` names. An adopted row all packed is freed.
@@ -220,14 +257,11 @@ class Tree(Holdings):
         return self._within_caps(now, freed)
 
     def _pack(self, cover: Cover, stored: Sequence[Stored]) -> None:
-        runs = (
-            (n, min(n.end, cover.length)) for n in reversed(list(cover.path())) if n.packed < cover.length
-        )
+        runs = self._alone(cover)
         node, at, end = None, 0, 0
         for handle, ids, size in stored:
-            while at == end and (run := next(runs, None)) is not None:
-                node, end = run
-                at = node.packed
+            if at == end:
+                node, at, end = next(runs, (None, 0, 0))
             if node is None or not 0 < ids <= min(SEGMENT, end - at):
                 raise TreeError(f"no run of {ids} ids is next")
             node.segments.append(Segment(handle, at, at + ids, size))

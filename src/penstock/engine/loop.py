@@ -412,7 +412,7 @@ class Loop:
     # -- errors ---------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Nothing since the last clean read is believed: the rows of those steps are computed again.
+        """Nothing since the last clean read is believed: the rows of those steps start again from there.
 
         Who is guilty fails alone; the rows that were not running go on as they are.
         """
@@ -425,10 +425,11 @@ class Loop:
         guilty = judge(accused)
         if self.in_flight is not None:
             self.accounts.ledger.release(self.in_flight.lease)
-        self.in_flight = None
+        self.in_flight, self.trial = None, True
         self.drawing.forget()
+        collect_errors()
         for sequence in [*self.leaving, *(s for s, _ in accused)]:
-            self.cache.forget(sequence)
+            self.cache.rescue(sequence)
             self.grammars.drop(sequence)
             sequence.restart()
         self.leaving = []
@@ -437,9 +438,7 @@ class Loop:
             message = f"The engine failed twice at this request alone: {str(error)[:200]}"
             self._end(sequence, "error", kind=kind, message=message)
         self.running.only(())
-        self.trial = True
         self.facts = replace(self.facts, stacked=())
-        collect_errors()
 
     def _audit(self) -> None:
         """With nothing in flight: does everyone hold what the books say?"""

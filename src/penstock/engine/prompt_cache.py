@@ -9,7 +9,7 @@ Invariant: what is published was read cleanly and is never written again.
 
 from __future__ import annotations
 
-from array import array
+import logging
 from collections import Counter
 from collections.abc import Iterable
 from typing import Any
@@ -22,12 +22,14 @@ from penstock.cache import store
 from penstock.cache.checkpoints import positions
 from penstock.cache.nodes import Cover
 from penstock.cache.summary import summary
-from penstock.cache.tree import Cut, Tree
+from penstock.cache.tree import Cut, Stored, Tree
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Account, Lease
+
+log = logging.getLogger("penstock.engine")
 
 STRIDE = 16
 """Ids of an answer between the states that a row with stop strings keeps of it."""
@@ -90,11 +92,13 @@ class PromptCache:
         match = self.tree.match(sequence.namespace, ids)
         if match.usable:
             pin = self.tree.pin(match, self._now)
-            parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
-            store.assemble(sequence.row, parts)
-            if match.checkpoint is not None:
-                store.restore(sequence.row, match.checkpoint.handle)
-            self._free(self.tree.unpin(pin, self._now))
+            try:
+                parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
+                store.assemble(sequence.row, parts)
+                if match.checkpoint is not None:
+                    store.restore(sequence.row, match.checkpoint.handle)
+            finally:
+                self._free(self.tree.unpin(pin, self._now))
             sequence.launched = sequence.computed = match.usable
         sequence.cached, sequence.why = match.usable, match.why
         cover = self.tree.lend(sequence.namespace, sequence.row)
@@ -114,6 +118,7 @@ class PromptCache:
 
     def reached(self, sequence: Sequence) -> None:
         """A chunk was read cleanly: keep the state if this is where one was wanted."""
+        sequence.row.settle()
         if sequence.computed in sequence.cuts and sequence.computed == sequence.row.length:
             self._keep(sequence, anchor=sequence.computed in (sequence.turn, *sequence.borders[:1]))
 
@@ -144,15 +149,19 @@ class PromptCache:
         if cover is None:
             self._close(sequence)
             return
-        if self.tree.stateful and cover.length == sequence.row.length:
+        if self.tree.stateful and 0 < cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
-        del self._covers[sequence.id]
         self._passed.pop(sequence.id, None)
-        if self._pack(cover, sequence.row):
-            self._free(self.tree.drop(cover, self._now))
-            self._close(sequence)
-        else:
-            self._adopt(sequence, cover)
+        copies = None
+        try:
+            copies = self._copies(cover, sequence.row)
+        finally:
+            del self._covers[sequence.id]
+            if copies is None:
+                self._adopt(sequence, cover)
+            else:
+                self._free(self.tree.drop(cover, self._now, copies))
+                self._close(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """The row's memory moves to the cache as it is; nothing is allocated."""
@@ -163,6 +172,16 @@ class PromptCache:
         del self._covers[sequence.id]
         self._passed.pop(sequence.id, None)
         self._adopt(sequence, cover)
+
+    def rescue(self, sequence: Sequence) -> None:
+        """A step with the row failed, and MLX is clean again: keep what was read before, if it is there."""
+        try:
+            if sequence.row is not None and sequence.row.is_intact:
+                self.preempt(sequence)
+        except RuntimeError:
+            log.debug("what a failed step's row holds could not be kept", exc_info=True)
+        if sequence.row is not None:
+            self.forget(sequence)
 
     def forget(self, sequence: Sequence) -> None:
         """Nothing of the row may be believed, or nothing is there: drop it."""
@@ -184,8 +203,10 @@ class PromptCache:
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
         for row, (cover, _) in list(self._adopted.items()):
-            if not self._pack(cover, row):
+            copies = self._copies(cover, row)
+            if copies is None:
                 return
+            self._free(self.tree.pack(cover, copies, self._now))
 
     def leases(self) -> list[Lease]:
         """What it holds, for the audit."""
@@ -211,11 +232,11 @@ class PromptCache:
         cover = self._covers.get(sequence.id)
         if cover is None:
             return
-        while sequence.computed > cover.length:
-            ids = array("I", sequence.tokens[cover.length : sequence.computed])
+        while ids := sequence.tokens[cover.length : sequence.computed]:
             cut = self.tree.extend(cover, ids, self._now)
-            if cut is None or not self._cut(cut):
-                return
+            if cut is not None and not self._cut(cut):
+                break
+        self._free(self.tree.shed(cover, self._now))
 
     def _cut(self, cut: Cut) -> bool:
         """Copy a segment in two; False if there is no room for the copies."""
@@ -239,15 +260,17 @@ class PromptCache:
         self._buffers += taken.buffers
         self._free(self.tree.keep(cover, taken.position, taken, taken.size, self._now, anchor))
 
-    def _pack(self, cover: Cover, row: Row) -> bool:
-        """Copy what no segment holds into segments; False where room runs out."""
-        for start, count in self.tree.unpacked(cover):
-            if not self._room(self.costs.kv_per_token * count):
-                return False
-            segment = store.pack(row, start, count)
-            self._buffers += len(segment.arrays)
-            self._free(self.tree.pack(cover, [(segment, count, segment.size)], self._now))
-        return True
+    def _copies(self, cover: Cover, row: Row) -> list[Stored] | None:
+        """Segments of what nobody else holds, to be kept all at once: a cap may take some of them again.
+
+        None where there is no room for them.
+        """
+        runs = self.tree.unpacked(cover)
+        if not self._room(self.costs.kv_per_token * sum(count for _, count in runs)):
+            return None
+        made = [store.pack(row, start, count) for start, count in runs]
+        self._buffers += sum(len(segment.arrays) for segment in made)
+        return [(segment, segment.count, segment.size) for segment in made]
 
     def _room(self, size: int) -> bool:
         return self.accounts.ledger.can_reserve(size)

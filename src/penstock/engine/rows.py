@@ -10,6 +10,7 @@ copy. Invariant: a row's recurrent arrays are either in the row or in the stack,
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from ctypes import addressof, c_char
 from typing import Any
 
 import mlx.core as mx
@@ -137,6 +138,7 @@ class Row:
         self.capacity = capacity
         self.length = 0
         self.is_open = True
+        self._settled: list[int] | None = None
 
     def arrays(self) -> list[mx.array]:
         """Every array the row holds, written or replaced by the model."""
@@ -149,6 +151,30 @@ class Row:
             for cache in self.kv:
                 cache.reserve(capacity)
                 mx.eval(_arrays(cache))
+            self.settle()
+
+    def settle(self) -> None:
+        """What was done to it is done: raises what MLX held back, and notes where its buffers are."""
+        mx.synchronize()
+        self._settled = self._places()
+
+    @property
+    def is_intact(self) -> bool:
+        """After an error: whether its keys and values are where they were settled, as far as they were read.
+
+        Steps write behind that in place. Where MLX copied a buffer for one, the copy may have failed.
+        """
+        try:
+            return self._settled is not None and self._settled == self._places()
+        except RuntimeError:  # a failed step's write, tried again
+            return False
+
+    def _places(self) -> list[int] | None:
+        """Addresses of its buffers; None where the host's look would move them."""
+        if mx.default_device() != mx.Device(mx.cpu) and not mx.metal.is_available():
+            return None
+        views = [memoryview(x) for leaf in self.kv for x in (leaf.keys, leaf.values) if x is not None]  # type: ignore[arg-type]
+        return [addressof(c_char.from_buffer(view)) for view in views]
 
     def unpin(self) -> None:
         """Let states and windows own their bytes and no more, lazily: a chunk leaves more of them alive.
