@@ -101,6 +101,37 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
 }  # fmt: skip
 
 
+_PATTERNS = ["^a+$", "(a+)+$", "[", "(?=x)y", "\\d{1000}", "(a|b){200}", ".{0,5000}", "^([a-z]{1,63}\\.)+$"]
+_KEYWORDS: dict[str, st.SearchStrategy[Any]] = {
+    "type": st.sampled_from(["object", "array", "string", "number", "integer", "boolean", "null", "x"]),
+    "enum": st.lists(SCALARS, max_size=4),
+    "const": SCALARS,
+    "pattern": st.sampled_from(_PATTERNS) | st.text(max_size=8),
+    "format": st.sampled_from(["date-time", "email", "uuid", "ipv4", "uri", "x"]),
+    "required": st.lists(KEYS, max_size=3),
+    "$ref": st.sampled_from(["#", "#/$defs/a", "#/$defs/none", "#/properties/a", "http://127.0.0.1/x"]),
+    **dict.fromkeys(["minLength", "maxLength", "minItems", "maxItems", "minProperties", "maxProperties"],
+                    st.one_of(st.integers(-1, 9), st.sampled_from([1000, 10**6, 2**31, 2**64]))),
+    **dict.fromkeys(["minimum", "maximum", "exclusiveMinimum", "multipleOf"], NUMBERS | st.floats()),
+    **dict.fromkeys(["uniqueItems", "additionalProperties", "nullable"], st.booleans()),
+}  # fmt: skip
+
+
+def _schema(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    named = st.dictionaries(KEYS, inner, max_size=4)
+    several = st.lists(inner, max_size=4)
+    nested = {
+        **dict.fromkeys(["properties", "$defs", "patternProperties", "definitions"], named),
+        **dict.fromkeys(["anyOf", "oneOf", "allOf", "prefixItems"], several),
+        **dict.fromkeys(["items", "additionalProperties", "not", "contains"], inner),
+    }
+    return st.fixed_dictionaries({}, optional={**_KEYWORDS, **nested}) | JSON
+
+
+SCHEMAS = st.recursive(st.fixed_dictionaries({}, optional=_KEYWORDS) | st.booleans(), _schema, max_leaves=8)
+"""JSON schemas that make sense, and such that don't."""
+
+
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     children = (
         value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()

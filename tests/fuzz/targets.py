@@ -6,6 +6,7 @@ A target runs under an alarm, so that what hangs is found with its input, also i
 from __future__ import annotations
 
 import contextlib
+import faulthandler
 import json
 import pkgutil
 import re
@@ -16,10 +17,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import llguidance
 import msgspec
 from hypothesis import strategies as st
 from tests.fuzz.in_process import Application, check_answer
-from tests.fuzz.strategies import JSON, REQUESTS, bent, bodies, spoken, wire_bytes
+from tests.fuzz.strategies import JSON, REQUESTS, SCHEMAS, bent, bodies, spoken, wire_bytes
 from tests.support import chat_templates, tiny_tokenizers
 from tests.support.fake_backend import SPECIALS, VOCAB, Server, say, text_parts, wait_until
 from tests.support.raw_http import parsed, received
@@ -29,7 +31,7 @@ from penstock.api.chat import function_tools
 from penstock.api.protocol import Bounds
 from penstock.api.schema import ChatRequest
 from penstock.errors import PenstockError
-from penstock.text import tools
+from penstock.text import grammar, tools
 from penstock.text.assembler import Assembler, Delta
 from penstock.text.detokenizer import Detokenizer
 from penstock.text.template import ChatTemplate
@@ -46,12 +48,14 @@ def alarm(seconds: float = HANGS) -> Iterator[None]:
     def expired(*_: object) -> None:
         raise AssertionError(f"still at work after {seconds} s")
 
+    faulthandler.dump_traceback_later(20 * seconds, exit=True)  # for what no signal reaches
     before = signal.signal(signal.SIGPROF, expired)
     signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
+        faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGPROF, before)
 
 
@@ -221,6 +225,25 @@ def blocks(draw: st.DrawFn) -> None:
         anthropic.as_chat(request)
 
 
+def _is_json_object(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False)  # what a body can hold
+    except ValueError:
+        return False
+    return isinstance(value, dict)
+
+
+def schemas(draw: st.DrawFn) -> None:
+    """Schemas of answers and of tools: rules that the engine's compiler takes, or refusals."""
+    schema = draw(SCHEMAS.filter(_is_json_object))
+    strict = draw(st.booleans())
+    with alarm(), contextlib.suppress(PenstockError):
+        rule = grammar.json_rule(schema, "schema", strict=strict)
+        made = grammar.answer(text_parts(), draw(st.sampled_from([None, True, False])), schema=rule)
+        assert llguidance.LLMatcher.validate_grammar(made) == ""
+
+
 TARGETS: dict[str, Callable[[st.DrawFn], None]] = {
-    target.__name__: target for target in (requests, connections, calls, answers, texts, prompts, blocks)
+    target.__name__: target
+    for target in (requests, connections, calls, answers, texts, prompts, blocks, schemas)
 }

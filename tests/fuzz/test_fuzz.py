@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from array import array
 from typing import Any
 
 import pytest
@@ -11,8 +10,7 @@ from tests.fuzz import in_process, targets
 from tests.fuzz.__main__ import fuzz
 from tests.fuzz.targets import TARGETS
 
-from penstock.api import params
-from penstock.text import tools
+from penstock.text import conversation, tools
 
 
 @pytest.mark.parametrize("name", TARGETS)
@@ -26,10 +24,12 @@ def test_nothing_is_found_in_a_few_inputs(name: str) -> None:
 
 
 def test_a_fault_of_the_server_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A check that is lost: ids that are none raise where they are packed."""
-    monkeypatch.setattr(params, "check_ids", lambda ids, *_: array("I", ids))
-    with pytest.raises(AssertionError, match="internal_error"):
-        fuzz("requests", 0, 1000)
+    """Content of a type that is not text is taken for text, and fails where it is rendered."""
+    monkeypatch.setattr(
+        conversation, "_text", lambda content, path: "".join(part["text"] for part in content)
+    )
+    with pytest.raises(AssertionError, match="Internal error"):
+        fuzz("requests", 0, 400)
 
 
 def test_a_hang_is_found() -> None:
