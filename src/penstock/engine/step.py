@@ -18,6 +18,9 @@ from penstock.engine.scheduler import Chunk
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Lease
 
+FAILURES = (RuntimeError, ValueError, MemoryError)
+"""How MLX says that something went wrong, perhaps long before."""
+
 
 @dataclass(slots=True)
 class InFlight:
