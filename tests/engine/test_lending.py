@@ -131,6 +131,18 @@ def ends(engine: EngineLoop, parent: int) -> None:
     until(engine, lambda: parent not in engine.loop.sequences and not engine.loop.leaving)
 
 
+def tight(engine: EngineLoop) -> None:
+    """From now on there is never room for more than one layer of a row."""
+    costs = engine.accounts.costs
+    engine.cache._room = lambda size: size <= 200 * costs.layer_per_token  # type: ignore[method-assign]
+
+
+def ends_in_little_room(engine: EngineLoop, parent: int) -> None:
+    tight(engine)
+    ends(engine, parent)
+    assert not engine.cache._adopted
+
+
 def fails(engine: EngineLoop, parent: int) -> None:
     fail_next(engine, faults.late_error)
     until(engine, lambda: engine.loop.counts["errors"] > 0)
@@ -141,7 +153,13 @@ def everything_goes(engine: EngineLoop, parent: int) -> None:
     engine.cache.evict(1 << 40)
 
 
-FATES = {"ends": ends, "is preempted": preempt, "fails": fails, "is all that is left": everything_goes}
+FATES = {
+    "ends": ends,
+    "ends in little room": ends_in_little_room,
+    "is preempted": preempt,
+    "fails": fails,
+    "is all that is left": everything_goes,
+}
 
 
 @pytest.mark.parametrize("fate", FATES)
@@ -159,7 +177,7 @@ def test_what_a_row_lent_is_right_after_it(name: str, fate: str) -> None:
     assert engine.answers[apart].cached >= 61 or not dense
     for id_, prompt in ((beside, CHILD), (after, CHILD), (apart, THIRD)):
         assert difference(engine.answers[id_], fresh(name, tuple(prompt))) <= TOLERANCE
-    if fate != "ends":
+    if parent in engine.loop.sequences or "ends" not in fate:
         assert difference(engine.answers[parent], fresh(name, tuple(PARENT), 60)) <= TOLERANCE
     engine.close()
 
@@ -230,6 +248,39 @@ def test_a_hit_that_fails_while_it_is_copied_drops_nothing(monkeypatch: pytest.M
     assert engine.answers[child].cached == 100
     assert not engine.cache.tree._pins
     assert difference(engine.answers[child], fresh("qwen3", tuple(CHILD))) <= TOLERANCE
+    engine.close()
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("adopted", [False, True])
+def test_an_error_while_a_row_is_moved_leaves_nothing_half(
+    at: int, adopted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its layers go one by one: what they were copied to is kept whole, or not at all."""
+    engine, parent = lent_once("qwen3")
+    if adopted:
+        preempt(engine, parent)
+    tight(engine)
+    synchronize, calls = mx.synchronize, []
+
+    def fails_later() -> None:
+        calls.append(1)
+        if len(calls) == at:
+            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
+        synchronize()
+
+    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
+    if adopted:
+        with pytest.raises(RuntimeError):
+            engine.cache.tidy()
+    else:
+        ends(engine, parent)
+        assert engine.loop.counts["errors"] == 1
+    monkeypatch.undo()
+    check(engine.cache.tree)
+    after = submit(engine, CHILD)
+    engine.play()
+    assert difference(engine.answers[after], fresh("qwen3", tuple(CHILD))) <= TOLERANCE
     engine.close()
 
 
@@ -308,6 +359,13 @@ class LendingMachine(RuleBasedStateMachine):
             seen["preempted"] += 1
             preempt(self.engine, id_)
             check(self.engine.cache.tree)
+
+    @rule(little=st.booleans())
+    def room(self, little: bool) -> None:
+        if little:
+            tight(self.engine)
+        else:
+            self.engine.cache.__dict__.pop("_room", None)
 
     @rule(share=st.sampled_from([0.1, 0.5, 1.0]))
     def evict(self, share: float) -> None:

@@ -78,6 +78,24 @@ def pack(row: Row, start: int, count: int) -> Segment:
     return _segment([mx.stack(members) for members in groups.values()], tuple(order), count)
 
 
+def move(row: Row, runs: Sequence[tuple[int, int]]) -> list[Segment]:
+    """Pack these runs (start, ids) where there is room for a layer only: the row's layers go one by one.
+
+    The segments have as many buffers as the row. After an error the row is not intact.
+    """
+    moved: list[list[mx.array]] = [[] for _ in runs]
+    order = tuple((place, 0) for place in range(2 * len(row.kv)))
+    for leaf in row.kv:
+        for arrays, (start, count) in zip(moved, runs, strict=True):
+            for buffer in (leaf.keys, leaf.values):
+                # A sum has a buffer of its own, however small; `contiguous` may keep all of the row's.
+                arrays.append(buffer[:, :, start : start + count] + 0)  # type: ignore[index]
+        mx.eval(moved)
+        mx.synchronize()
+        leaf.keys = leaf.values = None
+    return [_segment(arrays, order, count) for arrays, (_, count) in zip(moved, runs, strict=True)]
+
+
 def cut(segment: Segment, at: int) -> tuple[Segment, Segment]:
     """Two segments in place of one, of `at` ids and of the rest; both are copies."""
     first = [mx.contiguous(array[:, :, :at]) for array in segment.arrays]

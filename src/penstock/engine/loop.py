@@ -44,7 +44,7 @@ from penstock.engine.scheduler import (
 )
 from penstock.engine.sequence import Sequence
 from penstock.engine.status import Reporter
-from penstock.engine.step import InFlight, check, collect_errors, inputs, lists, members
+from penstock.engine.step import FAILURES, InFlight, check, collect_errors, inputs, lists, members
 from penstock.guilt import MEMORY_WORDS, judge
 from penstock.memory.ledger import Account
 from penstock.memory.predict import MARGIN, Correction
@@ -125,11 +125,10 @@ class Loop:
             launched = self._launch(plan) if plan else None
             if self.trial:
                 self.facts = replace(self.facts, apart=not any(s.apart for s in members(launched)))
-            self._read()
-            self.in_flight = launched
+            self._read(launched)
             if launched is not None and launched.forward is not None:
                 self._draw(launched)
-        except (RuntimeError, ValueError, MemoryError) as error:
+        except FAILURES as error:
             self._recover(error)
         self._emit()
         if status := self.reporter.due(self.sequences.values(), self.facts):
@@ -164,10 +163,7 @@ class Loop:
             self._apply(decision)
 
     def _enter(self, plan: Plan) -> bool:
-        """Look into the cache for a sequence that is about to take its first step; then plan anew.
-
-        Only now, because what came before it may have left its prefix there in the meantime.
-        """
+        """Look into the cache for a sequence before its first step, as late as may be; then plan anew."""
         first = [*plan.decode, *([plan.chunk.sequence] if plan.chunk else [])]
         new = [sequence for sequence in first if not sequence.entered]
         for sequence in new:
@@ -211,17 +207,24 @@ class Loop:
         idle = nothing and not self.grammars.compiling
         if idle:
             self.page.begin(Phase.IDLE)
-            self.cache.tidy()
+            self._guarded(self.cache.tidy)
             self._audit()
         for message in self.channel.receive(IDLE_BEAT if idle else COMPILE_BEAT if nothing else 0.0):
-            self._take(message)
+            self._guarded(self._take, message)
         while self.channel.backlog > BACKLOG_BOUND:
             for message in self.channel.receive(0.05):
-                self._take(message)
+                self._guarded(self._take, message)
             self.page.beat()
         for sequence, verdict in self.grammars.compiled():
             self._end(sequence, **verdict)
         self.page.beat()
+
+    def _guarded(self, act: Callable[..., None], *message: wire.ToEngine) -> None:
+        """A row that ends is copied: that may fail, and may meet what a step in flight has failed with."""
+        try:
+            act(*message)
+        except FAILURES as error:
+            self._recover(error)
 
     def _take(self, message: wire.ToEngine) -> None:
         match message:
@@ -349,9 +352,9 @@ class Loop:
         sequence.launched += chunk.length
         return arrays
 
-    def _read(self) -> None:
+    def _read(self, following: InFlight | None = None) -> None:
         """Wait for the step in flight and book what it brought. Raises what MLX raises, also late."""
-        step, self.in_flight = self.in_flight, None
+        step, self.in_flight = self.in_flight, following
         left = list(self.leaving)
         if step is None:
             return
@@ -412,10 +415,7 @@ class Loop:
     # -- errors ---------------------------------------------------------------------------------------
 
     def _recover(self, error: Exception) -> None:
-        """Nothing since the last clean read is believed: the rows of those steps start again from there.
-
-        Who is guilty fails alone; the rows that were not running go on as they are.
-        """
+        """Rows of the steps that failed start again from the last clean read; who is guilty fails alone."""
         log.error("a step failed, its rows are computed again: %s", str(error))  # not its frames
         log.debug("where it failed", exc_info=True)
         memory = isinstance(error, MemoryError) or bool(MEMORY_WORDS.search(str(error)))

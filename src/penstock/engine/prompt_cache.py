@@ -145,6 +145,13 @@ class PromptCache:
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence has ended, was read cleanly, and its row is not needed: publish and free it."""
+        try:
+            self._leave(sequence)
+        except RuntimeError:
+            self.rescue(sequence)
+            raise
+
+    def _leave(self, sequence: Sequence) -> None:
         cover = self._lent(sequence)
         if cover is None:
             self._close(sequence)
@@ -152,16 +159,16 @@ class PromptCache:
         if self.tree.stateful and 0 < cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
         self._passed.pop(sequence.id, None)
-        copies = None
-        try:
-            copies = self._copies(cover, sequence.row)
-        finally:
-            del self._covers[sequence.id]
-            if copies is None:
-                self._adopt(sequence, cover)
-            else:
-                self._free(self.tree.drop(cover, self._now, copies))
-                self._close(sequence)
+        room_for_layer = self.costs.layer_per_token * cover.length
+        if (lacking := room_for_layer - self.accounts.ledger.room) > 0:
+            self.evict(lacking)
+        copies = self._copies(cover, sequence.row)
+        del self._covers[sequence.id]
+        if copies is None:
+            self._adopt(sequence, cover)
+        else:
+            self._free(self.tree.drop(cover, self._now, copies))
+            self._close(sequence)
 
     def preempt(self, sequence: Sequence) -> None:
         """The row's memory moves to the cache as it is; nothing is allocated."""
@@ -203,7 +210,12 @@ class PromptCache:
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
         for row, (cover, _) in list(self._adopted.items()):
-            copies = self._copies(cover, row)
+            try:
+                copies = self._copies(cover, row)
+            except RuntimeError:
+                if not row.is_intact:
+                    self._free(self.tree.drop(cover, self._now))
+                raise
             if copies is None:
                 return
             self._free(self.tree.pack(cover, copies, self._now))
@@ -263,12 +275,16 @@ class PromptCache:
     def _copies(self, cover: Cover, row: Row) -> list[Stored] | None:
         """Segments of what nobody else holds, to be kept all at once: a cap may take some of them again.
 
-        None where there is no room for them.
+        None where there is not even room for those of one layer at a time.
         """
         runs = self.tree.unpacked(cover)
-        if not self._room(self.costs.kv_per_token * sum(count for _, count in runs)):
+        ids = sum(count for _, count in runs)
+        if self._room(self.costs.kv_per_token * ids):
+            made = [store.pack(row, start, count) for start, count in runs]
+        elif self._room(self.costs.layer_per_token * ids):
+            made = store.move(row, runs)
+        else:
             return None
-        made = [store.pack(row, start, count) for start, count in runs]
         self._buffers += sum(len(segment.arrays) for segment in made)
         return [(segment, segment.count, segment.size) for segment in made]
 

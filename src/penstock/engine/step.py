@@ -20,6 +20,8 @@ from penstock.memory.ledger import Lease
 
 SPEED_DECAY = 0.5
 """Weight of the last chunk in the measured prefill speed."""
+FAILURES = (RuntimeError, ValueError, MemoryError)
+"""How MLX says that something went wrong, perhaps long before."""
 
 
 @dataclass(slots=True)
