@@ -25,7 +25,7 @@ test-clients-slow: venv
 	@$(PRELOAD) $(PY) -m pytest -m clients_slow $(ARGS)
 
 test-dashboard: venv
-	@$(PRELOAD) $(PY) -m pytest -m browser $(ARGS)
+	@$(PY) -m pytest -m browser $(ARGS)
 
 test-storm: venv
 	@$(PRELOAD) $(PY) -m pytest -m storm -s $(ARGS)

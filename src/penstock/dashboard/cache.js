@@ -8,6 +8,7 @@ import { toast } from "./toast.js";
 /** @typedef {import("./shapes.js").Status} Status */
 
 const DEEPEST = 6;
+const NOTHING = "No prefix is kept yet. What prompts have in common is stored here once.";
 /** @type {Record<string, string>} */
 const REASONS = { memory: "to requests", budget: "to a smaller budget", caps: "to its own limits", cleared: "by hand" };
 
@@ -25,6 +26,7 @@ export function showCache(status, look) {
   const given = gone.map(([reason, size]) => `${bytes(size)} ${REASONS[reason] ?? reason}`).join(", ");
   say(byId("evicted"), given ? `Given up since the start: ${given}.` : "");
   byId("bare").hidden = cache.tree.length > 0;
+  say(byId("bare"), cache.bytes ? "The list comes with the engine's next report." : NOTHING);
   /** @type {HTMLButtonElement} */ (byId("clear")).disabled = cache.nodes === 0 && cache.bytes === 0;
   const depths = indents(cache.tree);
   reconcile(byId("tree"), cache.tree, (node) => String(node.id), row, (made, node) => {

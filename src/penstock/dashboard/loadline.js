@@ -21,7 +21,7 @@ const OWNERS = [
 const MARKS = { eviction: ["△", "evicted from the cache"], preemption: ["◇", "gave way"], death: ["✕", "engine died"] };
 const KEPT = 600;
 const GAP = 5; // seconds without a sample that are shown as such
-const WINDOWS = [60, 120, 300, 600];
+const WINDOWS = [60, 120, 240, 600];
 const LEFT = 58;
 const RIGHT = 14;
 const TOP = 20;
@@ -145,6 +145,7 @@ export class LoadLine {
     const picture = draw("svg", { width, height, "aria-hidden": "true" });
     picture.append(...this.axes(x, y, top, width));
     picture.append(...this.areas(x, y), ...this.limits(x, y, top), ...this.signs(x, y));
+    picture.append(draw("path", { class: "grid", d: `M${LEFT} ${y(0)}H${width - RIGHT}` }));
     if (this.chosen !== null) {
       const here = x(this.samples[Math.max(0, this.at())].time);
       picture.append(draw("path", { class: "cursor", d: `M${here} ${TOP}V${height - BOTTOM}` }));
@@ -173,7 +174,7 @@ export class LoadLine {
       made.push(draw("text", { x: LEFT - 8, y: y(size) + 4, "text-anchor": "end" }, axis(size, step)));
     }
     const [begin, end] = [this.begin(), this.newest()];
-    const every = (end - begin) / (width < 500 ? 2 : 4);
+    const every = (end - begin) / (width < 500 ? 2 : end - begin > 240 ? 5 : 4);
     for (let ago = 0; ago <= end - begin; ago += every) {
       const anchor = ago === 0 ? "end" : ago === end - begin ? "start" : "middle";
       const text = ago === 0 ? "now" : `−${ago < 60 ? `${ago} s` : `${Number((ago / 60).toFixed(1))} min`}`;
