@@ -53,7 +53,9 @@ def _open_page(chromium: Browser, errors: list[str]) -> Iterator[Callable[..., P
         contexts.append(context)
         page = context.new_page()
         page.set_default_timeout(30_000)
-        page.on("console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None)
+        page.on(
+            "console", lambda said: errors.append(said.text) if said.type in ("error", "warning") else None
+        )
         page.on("pageerror", lambda error: errors.append(str(error)))
         asked: set[object] = set()
 
@@ -63,8 +65,8 @@ def _open_page(chromium: Browser, errors: list[str]) -> Iterator[Callable[..., P
                 most[0] = max(most[0], len(asked))
 
         page.on("request", begun)
-        page.on("requestfinished", lambda request: asked.discard(request))
-        page.on("requestfailed", lambda request: asked.discard(request))
+        page.on("requestfinished", asked.discard)
+        page.on("requestfailed", asked.discard)
         page.goto(url)
         return page
 

@@ -15,8 +15,8 @@ from penstock.dashboard import FOLDER
 
 TYPESCRIPT = "7.0.2"
 OPTIONS = (
-    "--strict --checkJs --noEmit --noUnusedLocals --noUnusedParameters --noImplicitReturns "
-    "--target esnext --module esnext --moduleResolution bundler --lib esnext,dom,dom.iterable,dom.asynciterable"
+    "--strict --checkJs --noEmit --noUnusedLocals --noUnusedParameters --noImplicitReturns --target esnext "
+    "--module esnext --moduleResolution bundler --lib esnext,dom,dom.iterable,dom.asynciterable"
 )
 
 
@@ -49,7 +49,9 @@ def test_what_the_page_reads_is_what_the_server_says(name: str) -> None:
 def test_nothing_is_parsed_as_html_or_loaded_from_elsewhere() -> None:
     for path, file in FILES.items():
         text = file.body.decode()
-        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|srcdoc", text), path
+        assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|document\.write|eval\(|srcdoc", text), (
+            path
+        )
         hosts = set(re.findall(r"(?:https?:)?//([\w.-]+\.\w+)", text))
         assert hosts <= {"www.w3.org"}, path
         assert not re.search(r"<script(?![^>]*src=)|<style|\sstyle=|\son\w+=", text), path

@@ -77,7 +77,7 @@ def test_a_cancel_shows_before_the_server_has_answered(scripted: ScriptedServer,
     with contextlib.closing(post(scripted.port, ENDLESS)) as stream:
         until(stream, b'"content":"')
         held = []
-        page.route("**/cancel", lambda route: held.append(route))
+        page.route("**/cancel", held.append)
         button = page.locator("#requests button.cancel")
         button.click()
         expect(button).to_have_text("Stopping")
@@ -344,10 +344,11 @@ CONTRAST = """() => {
     .reduce((sum, x, at) => sum + x * [0.2126, 0.7152, 0.0722][at], 0);
   const under = (at) => { for (; at; at = at.parentElement) {
     const found = rgb(getComputedStyle(at).backgroundColor); if (found[3] === 1) return found; } };
+  const wordy = (at) => [...at.childNodes].some((node) => node.nodeType === 3 && node.data.trim());
+  const both = (at) => [light(rgb(getComputedStyle(at).color)), light(under(at))].sort((x, y) => y - x);
   return [...document.querySelectorAll("body *:not(svg *)")]
-    .filter((at) => at.checkVisibility() && [...at.childNodes].some((n) => n.nodeType === 3 && n.data.trim()))
-    .map((at) => { const [a, b] = [light(rgb(getComputedStyle(at).color)), light(under(at))].sort((x, y) => y - x);
-      return [(a + 0.05) / (b + 0.05), at.outerHTML.slice(0, 80)]; })
+    .filter((at) => at.checkVisibility() && wordy(at))
+    .map((at) => { const [a, b] = both(at); return [(a + 0.05) / (b + 0.05), at.outerHTML.slice(0, 80)]; })
     .filter(([ratio]) => ratio < 4.5);
 }"""
 
@@ -376,7 +377,8 @@ def test_nothing_jumps_when_a_request_comes_and_goes(demo: WholeServer, open_pag
     page = open_page(demo.url)
     page.locator("#plot svg").wait_for()
     page.wait_for_timeout(1500)
-    places = "[...document.querySelectorAll('section')].map((at) => Math.round(at.getBoundingClientRect().top))"
+    top = "(at) => Math.round(at.getBoundingClientRect().top)"
+    places = f"[...document.querySelectorAll('section')].map({top})"
     before = page.evaluate(places)
     with contextlib.closing(post(demo.port, ENDLESS)) as stream:
         until(stream, b'"content":"', 3)

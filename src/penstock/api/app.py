@@ -56,7 +56,7 @@ ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/metrics": ("GET", metrics.scraped),
     "/health": ("GET", models.health),
     "/openapi.json": ("GET", models.described),
-    **{path: ("GET", dashboard.file) for path in FILES},
+    **dict.fromkeys(FILES, ("GET", dashboard.file)),
     "/": ("GET", dashboard.root),
 }
 

@@ -10,7 +10,9 @@ from penstock.api.exchange import Exchange, Header
 from penstock.api.service import Service
 from penstock.dashboard import FILES
 
-_POLICY = b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+_POLICY = (
+    b"default-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; object-src 'none'"
+)
 _HEADERS: list[Header] = [
     (b"cache-control", b"no-cache"),
     (b"content-security-policy", _POLICY),
