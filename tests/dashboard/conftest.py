@@ -64,9 +64,12 @@ def _open_page(chromium: Browser, errors: list[str]) -> Iterator[Callable[..., P
                 asked.add(request)
                 most[0] = max(most[0], len(asked))
 
+        def over(request: object) -> None:
+            asked.discard(request)
+
         page.on("request", begun)
-        page.on("requestfinished", asked.discard)
-        page.on("requestfailed", asked.discard)
+        page.on("requestfinished", over)
+        page.on("requestfailed", over)
         page.goto(url)
         return page
 

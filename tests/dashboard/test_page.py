@@ -9,11 +9,12 @@ import re
 import signal
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect
+from playwright.sync_api import Page, Route, expect
 from tests.support.client_model import write_client_model
 from tests.support.hang_ups import post, until
 from tests.support.serve_scripted import ScriptedServer
@@ -50,10 +51,10 @@ def test_the_load_line_moves_with_a_request(demo: WholeServer, open_page: Open, 
         expect(page.locator("#requests li .left")).to_have_text(re.compile(r"^[\d.]+ tok/s$"))
         expect(page.locator("#pace")).to_have_text(re.compile(r"[1-9]\d* tok/s written"))
         assert page.locator("#plot path.area.live_kv").get_attribute("d") != before
-        expect(page.locator("#limits")).to_have_text(re.compile("Load line: 0.3 GB, set by --memory-limit"))
-        expect(page.locator("#plot text.load")).to_have_text("load line at 0.3 GB, above this picture ↑")
+        expect(page.locator("#limits")).to_have_text(re.compile("Load line: 300 MB, set by --memory-limit"))
+        expect(page.locator("#plot text.load")).to_have_text("load line at 300 MB, above this picture ↑")
         page.get_by_role("button", name="Show the whole budget").click()
-        expect(page.locator("#plot text.load")).to_have_text("load line 0.3 GB")
+        expect(page.locator("#plot text.load")).to_have_text("load line 300 MB")
         assert SECRET not in page.content()
         picture(page, "a request")
     expect(page.locator("#quiet")).to_be_visible()
@@ -77,7 +78,11 @@ def test_a_cancel_shows_before_the_server_has_answered(scripted: ScriptedServer,
     with contextlib.closing(post(scripted.port, ENDLESS)) as stream:
         until(stream, b'"content":"')
         held = []
-        page.route("**/cancel", held.append)
+
+        def hold(route: Route) -> None:
+            held.append(route)
+
+        page.route("**/cancel", hold)
         button = page.locator("#requests button.cancel")
         button.click()
         expect(button).to_have_text("Stopping")
@@ -122,6 +127,24 @@ def test_clear_asks_and_clears(demo: WholeServer, open_page: Open) -> None:
     expect(tree).to_have_count(0)
     expect(page.locator("#bare")).to_be_visible()
     expect(page.locator("#evicted")).to_have_text(re.compile("by hand"))
+
+
+def test_the_tree_is_told_branch_by_branch(demo: WholeServer, open_page: Open) -> None:
+    node = {"start": 0, "tokens": 8, "bytes": 10**6, "checkpoints": 1, "hits": 2, "age": 1, "borrowed": False}
+    parents = {1: None, 2: 1, 3: 1, 4: 2, 5: 3, 6: None}
+
+    def answer(route: Route) -> None:
+        told = route.fetch().json()
+        told["cache"]["tree"] = [node | {"id": id, "parent": up, "start": id} for id, up in parents.items()]
+        route.fulfill(json=told)
+
+    page = open_page("about:blank")
+    page.route("**/v1/status", answer)
+    page.goto(demo.url)
+    rows = page.locator("#tree tr")
+    expect(rows).to_have_text([re.compile(f"^{id}–{id + 8}1.0 MB") for id in (1, 2, 4, 3, 5, 6)])
+    assert [row.get_attribute("data-depth") for row in rows.all()] == ["0", "1", "1", "1", "1", "0"]
+    page.unroute_all(behavior="wait")
 
 
 def test_the_chat_streams_from_the_demo_model(demo: WholeServer, open_page: Open, picture: Picture) -> None:
@@ -322,6 +345,11 @@ def test_what_can_be_copied_works(scripted: ScriptedServer, open_page: Open) -> 
     config = json.loads(code.text_content() or "")
     assert config["provider"]["penstock"]["options"]["baseURL"] == scripted.url + "/v1"
     documented = Path("docs/clients.md").read_text(encoding="utf-8")
+    page.get_by_role("tab", name="Codex").click()
+    written = re.search(r"```toml\n(.*?)```", documented, re.DOTALL)
+    assert written
+    told = tomllib.loads((code.text_content() or "").replace(scripted.url, "http://127.0.0.1:8080"))
+    assert told == tomllib.loads(written[1]) | {"model": "model"}
     page.get_by_role("tab", name="Claude Code").click()
     assert (code.text_content() or "").replace(scripted.url, "http://127.0.0.1:8080") in documented
 

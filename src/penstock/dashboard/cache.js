@@ -28,12 +28,10 @@ export function showCache(status, look) {
   byId("bare").hidden = cache.tree.length > 0;
   say(byId("bare"), cache.bytes ? "The list comes with the engine's next report." : NOTHING);
   /** @type {HTMLButtonElement} */ (byId("clear")).disabled = cache.nodes === 0 && cache.bytes === 0;
-  const depths = indents(cache.tree);
-  reconcile(byId("tree"), cache.tree, (node) => String(node.id), row, (made, node) => {
-    const depth = String(Math.min(depths.get(node.id) ?? 0, DEEPEST));
-    made.dataset.depth = depth;
-    made.style.setProperty("--depth", depth);
-    const cells = [range(node), bytes(node.bytes), count(node.hits), used(node)];
+  reconcile(byId("tree"), branches(cache.tree), ({ node }) => String(node.id), row, (made, { node, depth }) => {
+    made.dataset.depth = String(Math.min(depth, DEEPEST));
+    made.style.setProperty("--depth", made.dataset.depth);
+    const cells = [range(node), node.bytes ? bytes(node.bytes) : "–", count(node.hits), used(node)];
     cells.forEach((text, at) => say(made.children[at], text));
     made.classList.toggle("borrowed", node.borrowed);
   });
@@ -53,18 +51,18 @@ function used(node) {
   return node.age === 0 ? "just now" : `${plural(node.age, "request")} ago`;
 }
 
-/** How far each node is indented: by the forks above it. Parents come first. @param {Prefix[]} tree */
-function indents(tree) {
-  /** @type {Map<number | null, number>} */
-  const children = new Map();
-  for (const { parent } of tree) children.set(parent, (children.get(parent) ?? 0) + 1);
-  /** @type {Map<number, number>} */
-  const depths = new Map();
-  for (const { id, parent } of tree) {
-    const above = parent === null ? 0 : (depths.get(parent) ?? 0);
-    depths.set(id, above + (parent !== null && (children.get(parent) ?? 0) > 1 ? 1 : 0));
-  }
-  return depths;
+/**
+ * The tree line by line, each node below the one it hangs from, indented where that one forks.
+ * @param {Prefix[]} tree @returns {{ node: Prefix, depth: number }[]}
+ */
+function branches(tree) {
+  /** @param {number | null} parent @param {number} depth @returns {{ node: Prefix, depth: number }[]} */
+  const below = (parent, depth) => {
+    const children = tree.filter((node) => node.parent === parent);
+    const step = parent !== null && children.length > 1 ? 1 : 0;
+    return children.flatMap((node) => [{ node, depth: depth + step }, ...below(node.id, depth + step)]);
+  };
+  return below(null, 0);
 }
 
 const dialog = /** @type {HTMLDialogElement} */ (byId("confirm"));

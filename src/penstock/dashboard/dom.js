@@ -71,10 +71,11 @@ const whole = new Intl.NumberFormat("en-US");
 /** 58211 -> "58,211". @param {number} value */
 export const count = (value) => whole.format(value);
 
-/** As the log writes bytes: "20.7 GB", "64.0 MB" below 100 MB. @param {number} value */
+/** "20.7 GB", "150 MB", "64.0 MB". @param {number} value */
 export function bytes(value) {
   if (value === 0) return "0 GB";
-  return value < 1e8 ? `${(value / 1e6).toFixed(1)} MB` : `${(value / 1e9).toFixed(1)} GB`;
+  if (value < 999.5e6) return `${(value / 1e6).toFixed(value < 99.95e6 ? 1 : 0)} MB`;
+  return `${(value / 1e9).toFixed(1)} GB`;
 }
 
 /** "9.0 s", "41 s", "12 min", "1 h 25 min", "3 d 4 h". @param {number} seconds */

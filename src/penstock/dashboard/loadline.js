@@ -234,7 +234,7 @@ export class LoadLine {
     const level = y(budget);
     if (points.length) made.push(draw("path", { class: "load", d: `M${points.join("L")}` }));
     made.push(draw("circle", { class: "load", cx: end, cy: level, r: 6 }), draw("path", { class: "load", d: `M${end - 11} ${level}h22` }));
-    made.push(draw("text", { ...place, y: level + 16 }, `load line ${bytes(budget)}`));
+    made.push(draw("text", { ...place, y: level - 7 }, `load line ${bytes(budget)}`));
     return made;
   }
 

@@ -1,7 +1,7 @@
 // The open requests, oldest first. A stop shows at once, and the row goes when the server has ended it.
 
 import * as api from "./api.js";
-import { byId, bytes, count, duration, make, part, plural, reconcile, say } from "./dom.js";
+import { byId, bytes, count, duration, make, part, percent, plural, reconcile, say } from "./dom.js";
 import { toast } from "./toast.js";
 
 /** @typedef {import("./shapes.js").Request} Request */
@@ -98,8 +98,8 @@ function update(made, request) {
 
 /** @param {Request} request @param {string} kind */
 function progress({ prompt, prefilled, generated }, kind) {
-  if (kind === "reading") return `${Math.min(99, Math.floor((100 * prefilled) / Math.max(1, prompt)))} % of the prompt`;
-  if (kind === "waiting" && !generated) return "not begun";
+  if (kind === "reading") return `${percent(Math.min(prefilled, prompt), prompt)} of the prompt`;
+  if (kind === "waiting" && !generated) return prefilled ? `${percent(prefilled, prompt)} was read` : "not begun";
   return plural(generated, "token");
 }
 
