@@ -59,11 +59,21 @@ async function words(answer) {
   }
 }
 
+/** @param {string} path */
+async function read(path) {
+  const answer = await ask(path);
+  try {
+    return await answer.json();
+  } catch {
+    throw new Refused(0, "The server's answer broke off.");
+  }
+}
+
 /** @returns {Promise<Status>} */
-export const status = async () => (await ask("/v1/status")).json();
+export const status = () => read("/v1/status");
 
 /** @param {number} since @returns {Promise<History>} */
-export const history = async (since) => (await ask(`/v1/status/history?since=${since}`)).json();
+export const history = (since) => read(`/v1/status/history?since=${since}`);
 
 /** @param {string} id */
 export const cancel = (id) => ask(`/v1/requests/${encodeURIComponent(id)}/cancel`, {});

@@ -40,10 +40,12 @@ export function startChat(model) {
 
 /** @param {boolean} busy */
 function turn(busy) {
+  const focused = document.activeElement;
   send.hidden = busy;
   stop.hidden = !busy;
   fresh.disabled = false;
-  (busy ? stop : field).focus();
+  if (focused === send) stop.focus();
+  if (focused === stop) field.focus();
 }
 
 /** Asks for an answer and writes it down as it comes. @param {string} model @param {string} question */

@@ -39,10 +39,14 @@ export function showHead(status) {
   document.title = `${status.state === "ready" ? load : name} · Penstock`;
 }
 
-/** Nobody answered; `last` is what is still on the page. @param {Status | null} last @param {number} wait */
-export function showSilence(last, wait) {
-  const old = last ? `What you see is from ${clock(heard)}.` : `Nothing answers at ${base}.`;
-  strip("bad", "The server cannot be reached", `${old} Next try in ${Math.round(wait)} s.`);
+/**
+ * Nothing was told; `last` is what is still on the page.
+ * @param {Status | null} last @param {import("./api.js").Refused} error @param {number} wait in seconds
+ */
+export function showSilence(last, error, wait) {
+  const name = error.status ? "The server does not tell" : "The server cannot be reached";
+  const old = last ? `What you see is from ${clock(heard)}.` : `This is ${base}.`;
+  strip("bad", name, `${error.status ? `${error.message} ` : ""}${old} Next try in ${Math.round(wait)} s.`);
   byId("retry").hidden = false;
   say(byId("facts"), "");
   document.title = "No answer · Penstock";

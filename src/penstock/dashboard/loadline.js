@@ -19,7 +19,7 @@ const OWNERS = [
 ];
 /** @type {Record<string, [string, string]>} */
 const MARKS = { eviction: ["△", "evicted from the cache"], preemption: ["◇", "gave way"], death: ["✕", "engine died"] };
-const KEPT = 600;
+const KEPT = 600; // seconds
 const GAP = 5; // seconds without a sample that are shown as such
 const WINDOWS = [60, 120, 240, 600];
 const LEFT = 58;
@@ -85,7 +85,7 @@ export class LoadLine {
       const [read, written] = [history.prompt_tokens[at], history.generated_tokens[at]];
       this.samples.push({ time, budget: history.budget[at], owners, held, running, queued, read, written });
     });
-    this.samples = this.samples.slice(-KEPT);
+    this.samples = this.samples.filter((sample) => sample.time > this.newest() - KEPT);
     this.marks = [...this.marks, ...history.marks].filter((mark) => mark.time >= this.samples[0]?.time);
   }
 

@@ -33,19 +33,23 @@ async function look() {
   asking = true;
   try {
     const status = await api.status();
-    if (last && status.uptime < last.uptime) line.forget();
+    if (last && Math.abs(born(status) - born(last)) > 5) line.forget(); // another process, or a machine that slept
     line.add(await api.history(line.newest()));
     last = status;
     failures = 0;
     show(status);
   } catch (error) {
     fail(error);
+  } finally {
+    asking = false;
+    timer = setTimeout(look, wait());
   }
-  asking = false;
-  const wait = failures ? Math.min(EVERY * 2 ** failures, SLOWEST) : EVERY;
-  if (failures && !locked) showSilence(last, wait / 1000);
-  timer = setTimeout(look, wait);
 }
+
+const wait = () => (failures ? Math.min(EVERY * 2 ** failures, SLOWEST) : EVERY);
+
+/** @param {import("./shapes.js").Status} status */
+const born = (status) => status.time - status.uptime;
 
 /** @param {import("./shapes.js").Status} status */
 function show(status) {
@@ -73,6 +77,7 @@ function fail(error) {
     return;
   }
   failures += 1;
+  showSilence(last, error, wait() / 1000);
   document.body.classList.add("stale");
 }
 
