@@ -10,7 +10,7 @@ WORKERS ?= 2
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
 PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
 
-.PHONY: serve test test-clients test-clients-slow test-chaos test-metal test-storm test-conformance fuzz venv install lint format bench demo-model docs lock
+.PHONY: serve test test-clients test-clients-slow test-dashboard test-chaos test-metal test-storm test-conformance fuzz venv install lint format bench demo-model docs lock
 
 serve: venv
 	@exec $(VENV)/bin/penstock serve --demo $(ARGS)
@@ -23,6 +23,9 @@ test-clients: venv
 
 test-clients-slow: venv
 	@$(PRELOAD) $(PY) -m pytest -m clients_slow $(ARGS)
+
+test-dashboard: venv
+	@$(PY) -m pytest -m browser $(ARGS)
 
 test-storm: venv
 	@$(PRELOAD) $(PY) -m pytest -m storm -s $(ARGS)

@@ -14,17 +14,28 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import chat, completions, messages, metrics, models, responses, status, tokens
+from penstock.api import (
+    chat,
+    completions,
+    dashboard,
+    messages,
+    metrics,
+    models,
+    responses,
+    status,
+    tokens,
+)
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service
 from penstock.api.sse import known
 from penstock.config import Options
+from penstock.dashboard import FILES
 from penstock.errors import Kind, PenstockError
 
 Handler = Callable[[Service, Exchange], Awaitable[None]]
 MAX_HEADERS = 32_768
-QUIET = ("/health", "/metrics", "/v1/status", "/v1/status/history", "/", "/v1/models", "/models")
+QUIET = ("/health", "/metrics", "/v1/status", "/v1/status/history", "/v1/models", "/models", *FILES)
 """Probes, logged at DEBUG only."""
 ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/v1/chat/completions": ("POST", chat.create),
@@ -45,7 +56,8 @@ ENDPOINTS: dict[str, tuple[str, Handler]] = {
     "/metrics": ("GET", metrics.scraped),
     "/health": ("GET", models.health),
     "/openapi.json": ("GET", models.described),
-    "/": ("GET", models.root),
+    **dict.fromkeys(FILES, ("GET", dashboard.file)),
+    "/": ("GET", dashboard.root),
 }
 
 

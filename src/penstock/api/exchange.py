@@ -95,6 +95,8 @@ class Exchange:
     ) -> None:
         """The whole response at once."""
         fixed = [(b"content-type", media), (b"content-length", b"%d" % len(body))]
+        if status in (204, 304):  # neither has a body, nor a word on its length
+            fixed = []
         await self._start(status, fixed + (headers or []))
         self.complete = True
         await self.send({"type": "http.response.body", "body": body})

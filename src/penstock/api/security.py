@@ -12,12 +12,13 @@ import re
 from collections.abc import Iterable
 
 from penstock.api.exchange import Exchange, Header
+from penstock.dashboard import FILES
 from penstock.errors import Kind, PenstockError
 
 KEYED_CACHE = b"penstock cache"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 WILDCARDS = ("0.0.0.0", "::", "")
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/health", *FILES)
 _HEADER_NAMES = re.compile(rb"[A-Za-z0-9!#$%&'*+.^_`|~, -]{1,4096}")
 
 
