@@ -69,7 +69,7 @@ def test_there_is_nothing_under_other_names(path: str) -> None:
 
 
 def test_the_page_needs_no_key_and_its_data_do() -> None:
-    with serving(options=Options(port=0, api_key="secret")) as server, server.client() as client:
+    with serving(options=Options(port=0, api_key=("secret",))) as server, server.client() as client:
         assert {client.get(path, headers=BROWSER).status_code for path in FILES} == {200}
         for path in ("/v1/status", "/v1/status/history", "/v1/models"):
             assert client.get(path, headers=BROWSER).status_code == 401

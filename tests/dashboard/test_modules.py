@@ -12,6 +12,7 @@ from tests.support import npm
 from penstock import status, wire
 from penstock.api.dashboard import FILES
 from penstock.dashboard import FOLDER
+from penstock.memory.ledger import Account
 
 TYPESCRIPT = "7.0.2"
 OPTIONS = (
@@ -44,6 +45,16 @@ def test_what_the_page_reads_is_what_the_server_says(name: str) -> None:
     assert read.keys() <= fields.keys()
     nullable = {name for name in read if type(None) in getattr(fields[name], "__args__", ())}
     assert {name for name, type in read.items() if type.endswith("| null")} == nullable
+
+
+def test_every_owner_of_memory_is_in_the_picture() -> None:
+    drawn = re.search(
+        r"const OWNERS = \[(.*?)\n\];", FILES["/dashboard/loadline.js"].body.decode(), re.DOTALL
+    )
+    assert drawn
+    assert set(re.findall(r'\["(\w+)"', drawn[1])) == {account.value for account in Account}
+    style = FILES["/dashboard/style.css"].body.decode()
+    assert all(f".{account.value} " in style and f"--{account.value}:" in style for account in Account)
 
 
 def test_nothing_is_parsed_as_html_or_loaded_from_elsewhere() -> None:

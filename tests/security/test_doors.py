@@ -15,6 +15,7 @@ from tests.support.whole_server import ROOT, WholeServer
 
 from penstock.api.app import ENDPOINTS
 from penstock.config import Options
+from penstock.dashboard import FILES
 from penstock.models import DEMO
 
 CHAT = "/v1/chat/completions"
@@ -27,14 +28,14 @@ FOREIGN = [
 ]
 
 
-def test_every_path_needs_the_key_but_the_one_for_health() -> None:
+def test_every_path_needs_the_key_but_those_for_health_and_the_page() -> None:
     """Routes that were forgotten, those of caches among them [Rapid-MLX#737, omlx#929]."""
     with serving(options=Options(port=0, api_key=("secret",))) as server:
         paths = [path.replace("{id:path}", "alias") for path in ENDPOINTS]
         for path in [*paths, *FOREIGN, "/metrics", "/dashboard"]:
             for method in ("GET", "POST", "PUT", "DELETE"):
                 status, _, _ = raw(server.port, method, path, BODY)
-                assert (status == 401) == (path != "/health"), (method, path, status)
+                assert (status == 401) == (path not in ("/health", *FILES)), (method, path, status)
         assert not server.backend.runs
 
 

@@ -13,10 +13,12 @@ const OWNERS = [
   ["live_kv", "requests", "Keys and values of the requests on board"],
   ["states", "states", "Recurrent states of the requests on board"],
   ["cached", "cache", "Prefixes kept for later prompts; they give way to requests"],
+  ["grammars", "grammars", "Compiled grammars of structured answers"],
   ["staging", "to disk", "Copies on their way to the disk"],
   ["transient", "step", "What the step under way is given to compute in"],
   ["pool", "pool", "Freed buffers that the allocator keeps for its next need"],
 ];
+const RARE = ["states", "grammars", "staging"]; // told of where there are any
 /** @type {Record<string, [string, string]>} */
 const MARKS = { eviction: ["△", "evicted from the cache"], preemption: ["◇", "gave way"], death: ["✕", "engine died"] };
 const KEPT = 600; // seconds
@@ -268,7 +270,7 @@ export class LoadLine {
     pace.push(`${count(read)} tok/s read`, `${count(written)} tok/s written`);
     say(byId("pace"), pace.join(" · "));
     for (const [owner] of OWNERS) {
-      const used = owner !== "staging" || this.samples.some((one) => one.owners[owner] > 0);
+      const used = !RARE.includes(owner) || this.samples.some((one) => one.owners[owner] > 0);
       /** @type {HTMLElement} */ (this.values[owner].parentElement).hidden = !used;
       say(this.values[owner], bytes(sample.owners[owner]));
     }
@@ -299,7 +301,7 @@ function legend() {
   for (const [owner, name, meaning] of OWNERS) {
     values[owner] = make("b");
     const item = make("li", { title: meaning }, make("i", { class: `swatch ${owner}` }), make("span", {}, name), values[owner]);
-    item.hidden = owner === "staging";
+    item.hidden = RARE.includes(owner);
     byId("legend").append(item);
   }
   for (const [kind, [sign, meaning]] of Object.entries(MARKS)) {
