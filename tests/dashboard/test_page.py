@@ -217,7 +217,7 @@ def _get(url: str) -> str:
 def test_a_key_is_asked_for_and_kept_nowhere(
     tmp_path: Path, open_page: Open, errors: list[str], picture: Picture
 ) -> None:
-    server = ScriptedServer(write_client_model(tmp_path / "model"), tmp_path, "--api-key", "open sesame")
+    server = ScriptedServer(write_client_model(tmp_path / "model"), tmp_path, "--api-key", "open-sesame")
     with server:
         page = open_page(server.url)
         field = page.get_by_label("API key")
@@ -227,7 +227,7 @@ def test_a_key_is_asked_for_and_kept_nowhere(
         field.fill("wrong")
         field.press("Enter")
         expect(page.locator("#keyerror")).to_have_text("That is not the key of this server.")
-        field.fill("open sesame")
+        field.fill("open-sesame")
         field.press("Enter")
         expect(page.locator("main")).to_be_visible()
         state(page, "Ready")
