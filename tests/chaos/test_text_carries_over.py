@@ -56,7 +56,7 @@ def ask(server: ScriptedServer, fields: dict[str, Any]) -> dict[str, Any]:
             mine["reasoning"] += delta.get("reasoning") or ""
             mine["text"] += delta.get("content") or ""
             for call in delta.get("tool_calls", []):
-                mine["calls"] += call["function"]["name"] + call["function"]["arguments"]
+                mine["calls"] += call["function"].get("name", "") + call["function"]["arguments"]
             mine["logprobs"] += (choice["logprobs"] or {}).get("content", [])
             mine["end"] += [choice["finish_reason"]] * (choice["finish_reason"] is not None)
     return said

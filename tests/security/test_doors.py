@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
+from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,6 @@ from tests.support.whole_server import ROOT, WholeServer
 
 from penstock.api.app import ENDPOINTS
 from penstock.config import Options
-from penstock.dashboard import FILES
 from penstock.models import DEMO
 
 CHAT = "/v1/chat/completions"
@@ -28,14 +29,23 @@ FOREIGN = [
 ]
 
 
-def test_every_path_needs_the_key_but_those_for_health_and_the_page() -> None:
+def test_every_path_needs_the_key_but_that_of_health_and_files_that_hold_no_data() -> None:
     """Routes that were forgotten, those of caches among them [Rapid-MLX#737, omlx#929]."""
+    page = resources.files("penstock.dashboard")
+    files = {f"/dashboard/{file.name}": file for file in page.iterdir() if file.name != "index.html"}
     with serving(options=Options(port=0, api_key=("secret",))) as server:
-        paths = [path.replace("{id:path}", "alias") for path in ENDPOINTS]
-        for path in [*paths, *FOREIGN, "/metrics", "/dashboard"]:
+        paths = [re.sub("{.*}", "alias", path) for path in ENDPOINTS]
+        for path in [*paths, *FOREIGN]:
             for method in ("GET", "POST", "PUT", "DELETE"):
-                status, _, _ = raw(server.port, method, path, BODY)
-                assert (status == 401) == (path not in ("/health", *FILES)), (method, path, status)
+                status, _, body = raw(server.port, method, path, BODY)
+                if path == "/health":
+                    assert status in (200, 405)
+                elif path == "/" and method == "GET":
+                    assert json.loads(body) == {"server": "penstock", "model": "org/fake", "api": "/v1"}
+                elif path in files and method == "GET":
+                    assert body == files[path].read_bytes()
+                else:
+                    assert status == (405 if path == "/" or path in files else 401), (method, path, status)
         assert not server.backend.runs
 
 
