@@ -75,7 +75,7 @@ def test_an_open_host_without_a_key_fails(
 ) -> None:
     monkeypatch.setenv("PENSTOCK_HOST", "0.0.0.0")
     assert cli.main(["doctor"]) == 1
-    told = "✗ options  --host 0.0.0.0 can be reached from other machines: set --api-key too"
+    told = "✗ options  --host 0.0.0.0 can be reached from other machines: set --api-key or --api-key-file,"
     assert told in capsys.readouterr().out
     monkeypatch.setenv("PENSTOCK_API_KEY", "k")
     assert findings(capsys)[0] == 0
