@@ -276,7 +276,7 @@ def test_who_has_ended_before_the_first_in_line_could_begin_passes_it_for_nothin
     assert passing == Admit(slow, 350, past=large)  # it may hold it up, which is counted
     passing.book()
     assert large.overtaken == 350
-    large.overtaken = (1 if preempted else OVERTAKING) * large.first_capacity
+    large.overtaken = OVERTAKING * large.first_capacity
     assert isinstance(schedule([running, large, slow], FACTS, room), Plan)
     assert schedule([running, large, slow, quick], FACTS, room) == Admit(quick, 70)
     # It has been running for a while: the quick one would end later.
@@ -288,7 +288,7 @@ def test_nobody_passes_for_nothing_with_a_longer_answer_than_a_row_begins_with()
     running = board(sequence(1, 400, max_tokens=None))
     running.launched = running.computed = 399
     large, room = sequence(2, 3_000), Room(free=2_500_000)
-    large.overtaken = 3 * large.first_capacity
+    large.overtaken = OVERTAKING * large.first_capacity
     slow, quick = (sequence(3, 50, max_tokens=FIRST_ROOM + more) for more in (1, -10))
     assert isinstance(schedule([running, large, slow], FACTS, room), Plan)
     assert schedule([running, large, quick], FACTS, room) == Admit(quick, quick.first_capacity)

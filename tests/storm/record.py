@@ -11,8 +11,8 @@ from penstock.memory.audit import TOLERANCE
 
 BIG = 10e6
 """Bytes from which on a chunk's prediction has to be tight and not only safe."""
-SCALARS = 4 << 10
-"""Bytes of indices and the like beside a copy, which has no margin."""
+SCALARS = 16 << 10
+"""Bytes of offsets and the like beside a copy, which is granted without a margin."""
 
 
 @dataclass

@@ -401,8 +401,7 @@ class Loop:
     def _read_chunk(self, step: InFlight) -> None:
         chunk = step.chunk
         assert chunk is not None
-        mx.eval(step.chunk_arrays)
-        step.chunk_arrays = None  # where its row leaves now, nothing of it may outlive the lease
+        step.wait_for_chunk()
         check()
         sequence = chunk.sequence
         speed = step.seconds_per_prefill_id(self.read_at, self.facts.seconds_per_prefill_id)

@@ -13,8 +13,8 @@ shrinks first, down to its floor. The oldest row is never preempted, so it ends,
 Who waits comes on board by age. Where the first in line does not fit yet, younger ones that do may pass it:
 otherwise one large prompt leaves the budget half empty while it waits for its share. Whoever has ended before
 enough rows have ended for it, both at the latest, passes for nothing (backfilling). The others may pass with
-`OVERTAKING` times its own ids in all, a preempted one with as many as its own, so a large one waits for what
-is in proportion to itself; then the board drains until it fits.
+`OVERTAKING` times its own ids in all, so a large one, preempted or not, waits for what is in proportion to
+itself; then the board drains until it fits.
 """
 
 from __future__ import annotations
@@ -214,8 +214,7 @@ def _admission(
     if not waiting or len(on_board) >= facts.decode_concurrency:
         return None
     head = waiting[0]
-    times = OVERTAKING if head.preempted_at is None else 1
-    allowed = times * head.first_capacity - head.overtaken
+    allowed = OVERTAKING * head.first_capacity - head.overtaken
     until = _steps_until(head, on_board, facts, room.free + room.pool + room.evictable)
     prompts_full = sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency
     for sequence in waiting[:LOOK_AHEAD]:

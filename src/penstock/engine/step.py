@@ -1,7 +1,7 @@
 """A step on its way: what was launched, how its inputs are put together, and how it is read.
 
 Owns no state of the engine; the loop holds at most one `InFlight`. Invariant: nothing here waits for the
-device but `lists` and `collect_errors`, which are how the loop waits.
+device but `wait_for_chunk`, `lists` and `collect_errors`, which are how the loop waits.
 """
 
 from __future__ import annotations
@@ -53,6 +53,11 @@ class InFlight:
         assert self.chunk is not None
         speed = self.seconds(read_at) / self.chunk.length
         return speed if before is None else SPEED_DECAY * speed + (1 - SPEED_DECAY) * before
+
+    def wait_for_chunk(self) -> None:
+        """Until it is computed. Its row may leave right after that: nothing here may keep its buffers."""
+        mx.eval(self.chunk_arrays)
+        self.chunk_arrays = None
 
 
 def members(step: InFlight | None) -> tuple[Sequence, ...]:
