@@ -421,8 +421,8 @@ def test_any_history_of_lending_computes_the_same(name: str) -> None:
     wanted = ("shared", "cancelled in prefill", "preempted", "evicted while lent", "rescued", "hits")
     for _ in range(8):
         run_state_machine_as_test(Machine, settings=chosen)
-        if all(seen[what] >= 3 for what in wanted):
+        if all(seen[what] >= 2 for what in wanted):
             break
     print("\n", dict(seen))
     for what in wanted:
-        assert seen[what] >= 3, what
+        assert seen[what] >= 2, what
