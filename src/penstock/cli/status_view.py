@@ -23,6 +23,7 @@ OWNERS = (
     ("states", "states", "▚", "cyan"),
     ("cached", "cached", "▒", "yellow"),
     ("staging", "staging", "▞", "white"),
+    ("grammars", "grammars", "▥", "bright_magenta"),
     ("transient", "step", "▤", "magenta"),
     ("pool", "pool", "░", "bright_black"),
 )

@@ -21,10 +21,14 @@ import msgspec
 from penstock import __version__
 from penstock.memory.predict import Curve, Scalars, Transient
 
+FORM = 2
+"""Of the numbers in a file and of how they are measured: another one is measured anew, never misread."""
+
 
 def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: int) -> str:
     """Names the measured situation: model, software, device, batch mode, and how much room there was."""
     known = {
+        "form": FORM,
         "config": json.loads(json.dumps(config, default=str)),
         "versions": [__version__, *(version(name) for name in ("mlx", "mlx-lm"))],
         "device": {k: v for k, v in mx.device_info().items() if k not in ("free_memory", "uuid")},
