@@ -11,8 +11,8 @@ from penstock.memory.audit import TOLERANCE
 
 BIG = 10e6
 """Bytes from which on a chunk's prediction has to be tight and not only safe."""
-SCALARS = 16 << 10
-"""Bytes of offsets and the like beside a copy, which is granted without a margin."""
+COPIES = ("assemble", "publish")
+"""What the prompt cache does between steps."""
 
 
 @dataclass
@@ -42,7 +42,7 @@ class Record:
         """Bytes that the prompt cache held more while it copied, and what it had room for."""
         assert measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted"
         if measured > TOLERANCE:
-            self.ratios[kind].append(((measured - SCALARS) / leased, measured))
+            self.ratios[kind].append((measured / leased, measured))
 
     def median_in_use(self) -> float:
         return statistics.median(self.in_use) if self.in_use else 0.0
@@ -52,8 +52,10 @@ class Record:
         big = [r for kind, all_ in self.ratios.items() if "prefill" in kind for r, size in all_ if size > BIG]
         return statistics.median(big) if big else 0.0
 
-    def worst(self) -> float:
-        return max((ratio for ratios in self.ratios.values() for ratio, _ in ratios), default=0.0)
+    def worst(self, *, copies: bool = False) -> float:
+        """Of all steps; or of all copies, which are granted to the byte, with a step's room behind them."""
+        some = (ratios for kind, ratios in self.ratios.items() if (kind in COPIES) == copies)
+        return max((ratio for ratios in some for ratio, _ in ratios), default=0.0)
 
     def by_kind(self) -> dict[str, list[tuple[float, int]]]:
         """The ratios of all steps that did a thing, whatever else they did."""
@@ -110,6 +112,7 @@ class Record:
             "unused_by_reason": dict(self.unused),
             "measured_by_predicted": kinds,
             "worst": self.worst(),
+            "worst_copy": self.worst(copies=True),
             "worst_step": self.worst_step,
             "median_of_big_chunks": self.median_of_big_chunks(),
         }
