@@ -11,9 +11,10 @@ from penstock.models import DEMO
 
 
 @pytest.fixture(scope="module")
-def demo(tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeServer]:
-    """At the end no engine has died, and no fault is in the log."""
-    with WholeServer(DEMO, tmp_path_factory.mktemp("demo")) as running:
+def demo(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[WholeServer]:
+    """With the file's FLAGS, if it has some. At the end no engine has died, and no fault is in the log."""
+    flags = getattr(request.module, "FLAGS", ())
+    with WholeServer(DEMO, tmp_path_factory.mktemp("demo"), *flags) as running:
         yield running
         assert running.health()["engine_deaths"] == 0
     assert "Traceback" not in running.log()

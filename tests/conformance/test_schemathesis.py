@@ -14,6 +14,8 @@ from tests.support import python_clients
 from tests.support.whole_server import WholeServer
 
 pytestmark = pytest.mark.conformance
+FLAGS = ("--memory-limit", "60MB", "--max-tokens", "32")
+"""A thousand tools are a prompt of 26,000 tokens, and there are many such bodies: here they are refused."""
 
 
 @pytest.mark.parametrize("seed", [1, 2])

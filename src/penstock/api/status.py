@@ -82,7 +82,8 @@ async def shown(service: Service, exchange: Exchange) -> None:
 
 async def history(service: Service, exchange: Exchange) -> None:
     """GET /v1/status/history?since=, in seconds of Unix time."""
-    given = parse_qs(exchange.scope["query_string"].decode("latin-1")).get("since", ["0"])[-1]
+    query = parse_qs(exchange.scope["query_string"].decode("latin-1"), keep_blank_values=True)
+    given = query.get("since", ["0"])[-1]
     try:
         since = float(given)
     except ValueError:
