@@ -149,14 +149,25 @@ def test_a_tool_task_becomes_the_turns_that_templates_know(server: Server) -> No
     assert "[1 tools]" in text
 
 
+IMAGE = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}
+
+
+def test_an_image_that_a_tool_returns_does_not_end_the_session(server: Server) -> None:
+    server.backend.script = say("ok")
+    call = {"type": "tool_use", "id": "toolu_1", "name": "read", "input": {"path": "a.png"}}
+    result = {"type": "tool_result", "tool_use_id": "toolu_1", "content": [IMAGE]}
+    talk = [*USER, {"role": "assistant", "content": [call]}, {"role": "user", "content": [result]}]
+    assert post(server, messages=talk, tools=TOOLS).is_success
+    assert "<|im_start|>tool\n[an image, which this model cannot see]<|im_end|>" in prompt(server)
+
+
 def test_errors_have_anthropics_shape_and_words(server: Server, client: anthropic.Anthropic) -> None:
     with pytest.raises(
         anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > \d+ maximum"
     ) as long:
         client.messages.create(model="m", max_tokens=9, messages=[{"role": "user", "content": "x" * 9000}])
     assert long.value.body["error"]["type"] == "invalid_request_error"  # type: ignore[index]
-    image = [{"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": ""}}]
-    refused = post(server, messages=[{"role": "user", "content": image}])
+    refused = post(server, messages=[{"role": "user", "content": [IMAGE]}])
     assert refused.status_code == 400
     assert "messages[0].content[0]" in refused.json()["error"]["message"]
     assert refused.json()["type"] == "error"

@@ -376,7 +376,7 @@ class LendingMachine(RuleBasedStateMachine):
         self.engine.cache.evict(int(share * tree.bytes))
         check(tree)
 
-    @rule(how=st.sampled_from([faults.late_error, faults.late_error, faults.raises]))
+    @rule(how=st.sampled_from([faults.late_error_or_raise, faults.late_error_or_raise, faults.raises]))
     def step_fails(self, how: Callable[[], mx.array]) -> None:
         if any(s.row is not None for s in self.engine.loop.sequences.values()):
             errors = self.engine.loop.counts["errors"]

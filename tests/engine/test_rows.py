@@ -1,11 +1,15 @@
 """One row's caches: RowKV against mlx-lm's KVCache, growth, writes in place, states of joining rows."""
 
+import contextlib
+
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.support.faults import cut_off
 
 from penstock.engine.rows import Row, RowKV, StateStack, unknown
+from penstock.engine.step import collect_errors
 from penstock.memory.costs import GROWTH, grown
 
 from mlx_lm.models.cache import (  # isort: skip - after our package, which makes this import light
@@ -167,3 +171,31 @@ def test_states_are_freed_from_the_chunk_they_were_cut_from(kept: bool) -> None:
         row.unpin()
         mx.eval(row.arrays())
     assert (mx.get_array_buffer_size(row.arrays()) < 1000) is not kept
+
+
+def test_a_step_whose_end_mlx_never_signals_does_not_hang_who_looks_at_its_row() -> None:
+    """MLX raises a late error where it was about to signal the end: who waits for that waits for ever.
+
+    With no memory allowed it waits for what runs after each tenth operation, so one step in ten waits at its
+    end until the read has failed.
+    """
+    slow = chunk(4096)[0, 0]
+    limit = mx.set_memory_limit(0)
+    try:
+        for views in range(60):
+            row = Row([KVCache()], 16)
+            row.kv[0].update_and_fetch(chunk(3), chunk(3))
+            mx.eval(row.arrays(), slow)
+            row.settle()
+            row.kv[0].update_and_fetch(chunk(1), chunk(1))
+            result = row.kv[0].keys.sum() + (slow @ slow.T).sum() * 0
+            result = mx.depends(cut_off()[0, 0], result)  # type: ignore[assignment]
+            for _ in range(views % 7):
+                result = result[None]
+            with contextlib.suppress(RuntimeError):
+                mx.async_eval(result)
+            del result
+            collect_errors()
+            row.is_intact  # noqa: B018 - it returns
+    finally:
+        mx.set_memory_limit(limit)

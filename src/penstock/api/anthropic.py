@@ -2,7 +2,7 @@
 
 Invariant: what has no meaning for the model (cache marks, billing lines, unknown fields) never reaches the
 prompt, so it can't cost the prompt cache; what has meaning is passed on where it stands. Parts that are not
-text, and server tools, are refused by their path.
+text are refused by their path, but for images in the results of tools.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from penstock.api.schema import MAX_STOPS, Asked, ChatRequest, Share, Some, Stop
+from penstock.api.schema import MAX_STOPS, UNSEEN, Asked, ChatRequest, Share, Some, Stop
 from penstock.errors import Kind, PenstockError
 
 BILLING = "x-anthropic-billing-header:"
@@ -145,7 +145,7 @@ def _turn(turn: Turn, path: str) -> list[Json]:
     for at, block in enumerate(turn.content):
         where = f"{path}.content[{at}]"
         if block.type == "tool_result":
-            result = "" if block.content is None else _joined(block.content, f"{where}.content")
+            result = _result(block.content or "", f"{where}.content")
             messages.append({"role": "tool", "tool_call_id": block.tool_use_id, "content": result})
         elif block.type not in _SKIPPED:
             if not messages or messages[-1]["role"] == "tool":
@@ -167,10 +167,14 @@ def _add(message: Json, block: Block, where: str) -> None:
         message["content"].append({"type": "text", "text": _text(block, where)})
 
 
-def _joined(content: Content, path: str) -> str:
+def _result(content: Content, path: str) -> str:
+    """What a tool returned, in words."""
     if isinstance(content, str):
         return content
-    return "".join(_text(block, f"{path}[{at}]") for at, block in enumerate(content))
+    texts = (
+        UNSEEN if block.type == "image" else _text(block, f"{path}[{at}]") for at, block in enumerate(content)
+    )
+    return "".join(texts)
 
 
 def _text(block: Block, path: str) -> str:

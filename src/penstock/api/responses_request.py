@@ -16,7 +16,7 @@ from msgspec import Meta, Struct
 
 from penstock.api.body import misfit
 from penstock.api.params import invalid
-from penstock.api.schema import Asked, ChatRequest, Share, Some
+from penstock.api.schema import UNSEEN, Asked, ChatRequest, Share, Some
 from penstock.errors import Kind, PenstockError
 
 Json = dict[str, Any]
@@ -24,8 +24,6 @@ Json = dict[str, Any]
 PLAIN = "plain:"
 """Before reasoning that we hand out as `encrypted_content`, which is not: others' can't be read here."""
 _STATELESS = "nothing is stored here; send the whole conversation as input."
-UNSEEN = "[an image, which this model cannot see]"
-"""What a tool's result holds for an image: a refusal would be met again in every turn that follows."""
 _UNSUPPORTED = {
     "previous_response_id": _STATELESS,
     "conversation": _STATELESS,

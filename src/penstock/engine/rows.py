@@ -164,17 +164,25 @@ class Row:
 
         Steps write behind that in place. Where MLX copied a buffer for one, the copy may have failed.
         """
-        try:
-            return self._settled is not None and self._settled == self._places()
-        except RuntimeError:  # a failed step's write, tried again
-            return False
+        for _ in range(2):  # the first look may run a failed step's write again, and hear of its error
+            try:
+                return self._settled is not None and self._settled == self._places()
+            except RuntimeError:
+                continue
+        return False
 
     def _places(self) -> list[int] | None:
-        """Addresses of its buffers; None where the host's look would move them."""
+        """Addresses of its buffers; None where the host's look would move them.
+
+        Views are looked at, which begin where their buffers do: where MLX raised before a step's end was
+        signalled, a look at the buffers would wait for it for ever.
+        """
         if mx.default_device() != mx.Device(mx.cpu) and not mx.metal.is_available():
             return None
-        views = [memoryview(x) for leaf in self.kv for x in (leaf.keys, leaf.values) if x is not None]  # type: ignore[arg-type]
-        return [addressof(c_char.from_buffer(view)) for view in views]
+        buffers = [x for leaf in self.kv for x in (leaf.keys, leaf.values) if x is not None]
+        views = [buffer[:1, :1, :1, :1] for buffer in buffers]
+        mx.eval(views)
+        return [addressof(c_char.from_buffer(memoryview(view))) for view in views]  # type: ignore[arg-type]
 
     def unpin(self) -> None:
         """Let states and windows own their bytes and no more, lazily: a chunk leaves more of them alive.
