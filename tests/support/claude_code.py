@@ -15,6 +15,11 @@ def arguments(path: Path) -> dict[str, str]:
     return {"file_path": str(path)}
 
 
+def errand(task: str) -> tuple[str, dict[str, str]] | None:
+    """The call that sends out a sub-agent, where it has them."""
+    return "Agent", {"description": "an errand", "prompt": task, "subagent_type": "general-purpose"}
+
+
 def installed() -> Path | None:
     """The program, installed if need be; None without npm."""
     package = f"@anthropic-ai/claude-code@{VERSION}"

@@ -28,6 +28,11 @@ def arguments(path: Path) -> dict[str, str]:
     return {"cmd": f"cat '{path}'"}
 
 
+def errand(task: str) -> tuple[str, dict[str, str]] | None:
+    """The call that sends out a sub-agent, where it has them; this one waits for none."""
+    return None
+
+
 def installed() -> Path | None:
     """The program, installed if need be; None without npm."""
     package = f"@openai/codex-{npm.SYSTEM}-{npm.MACHINE}"

@@ -16,6 +16,11 @@ def arguments(path: Path) -> dict[str, str]:
     return {"filePath": str(path)}
 
 
+def errand(task: str) -> tuple[str, dict[str, str]] | None:
+    """The call that sends out a sub-agent, where it has them."""
+    return "task", {"description": "an errand", "prompt": task, "subagent_type": "general"}
+
+
 def installed() -> Path | None:
     """The program, installed if need be; None without npm."""
     return npm.installed(f"opencode-ai@{VERSION}", f"opencode-{npm.SYSTEM}-{npm.MACHINE}/bin/opencode")
