@@ -8,6 +8,7 @@ prompt's list is of one kind, that a content part is text, or what roles a chat 
 from __future__ import annotations
 
 import subprocess
+from pathlib import Path
 
 import pytest
 from tests.support import python_clients
@@ -19,7 +20,7 @@ FLAGS = ("--memory-limit", "60MB", "--max-tokens", "32")
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_the_server_is_as_its_document_says(demo: WholeServer, seed: int) -> None:
+def test_the_server_is_as_its_document_says(demo: WholeServer, tmp_path: Path, seed: int) -> None:
     python = python_clients.installed("requirements-conformance.lock")
     if python is None:
         pytest.skip("schemathesis is not installed, and no registry can be reached")
@@ -33,5 +34,5 @@ def test_the_server_is_as_its_document_says(demo: WholeServer, seed: int) -> Non
         "50",
     ]
     options = ["--exclude-checks", "positive_data_acceptance", "--request-timeout", "600", "--no-color"]
-    done = subprocess.run([*command, *options], capture_output=True, text=True, check=False)
+    done = subprocess.run([*command, *options], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-20_000:]
