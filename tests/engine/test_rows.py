@@ -1,15 +1,11 @@
 """One row's caches: RowKV against mlx-lm's KVCache, growth, writes in place, states of joining rows."""
 
-import contextlib
-
 import mlx.core as mx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.support.faults import cut_off
 
 from penstock.engine.rows import Row, RowKV, StateStack, unknown
-from penstock.engine.step import collect_errors
 from penstock.memory.costs import GROWTH, grown
 
 from mlx_lm.models.cache import (  # isort: skip - after our package, which makes this import light
@@ -173,29 +169,22 @@ def test_states_are_freed_from_the_chunk_they_were_cut_from(kept: bool) -> None:
     assert (mx.get_array_buffer_size(row.arrays()) < 1000) is not kept
 
 
-def test_a_step_whose_end_mlx_never_signals_does_not_hang_who_looks_at_its_row() -> None:
-    """MLX raises a late error where it was about to signal the end: who waits for that waits for ever.
+def test_a_row_is_looked_at_through_views(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where MLX raises a late error just before a step is signalled, a look at its buffers never returns.
 
-    With no memory allowed it waits for what runs after each tenth operation, so one step in ten waits at its
-    end until the read has failed.
+    That is a race of microseconds, seen once in some hundred steps that fail; a view is an operation of its
+    own, with an end of its own.
     """
-    slow = chunk(2048)[0, 0]
-    limit = mx.set_memory_limit(0)
-    try:
-        for views in range(30):
-            row = Row([KVCache()], 16)
-            row.kv[0].update_and_fetch(chunk(3), chunk(3))
-            mx.eval(row.arrays(), slow)
-            row.settle()
-            row.kv[0].update_and_fetch(chunk(1), chunk(1))
-            result = row.kv[0].keys.sum() + (slow @ slow.T).sum() * 0
-            result = mx.depends(cut_off()[0, 0], result)  # type: ignore[assignment]
-            for _ in range(views % 7):
-                result = result[None]
-            with contextlib.suppress(RuntimeError):
-                mx.async_eval(result)
-            del result
-            collect_errors()
-            row.is_intact  # noqa: B018 - it returns
-    finally:
-        mx.set_memory_limit(limit)
+    looked = []
+
+    def look(array: mx.array) -> memoryview:
+        looked.append(array.size)
+        return memoryview(array)
+
+    monkeypatch.setattr("penstock.engine.rows.memoryview", look, raising=False)
+    row = Row([KVCache()], 16)
+    row.kv[0].update_and_fetch(chunk(3), chunk(3))
+    row.settle()
+    row.kv[0].update_and_fetch(chunk(1), chunk(1))
+    assert row.is_intact
+    assert looked == [1] * 4
