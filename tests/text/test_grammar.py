@@ -166,3 +166,10 @@ def test_what_cannot_be_enforced_names_its_field(schema: dict[str, Any]) -> None
     with pytest.raises(PenstockError) as caught:
         grammar.json_rule(schema, "some.field")
     assert (caught.value.kind, caught.value.param) == (Kind.INVALID_FIELD, "some.field")
+
+
+@pytest.mark.parametrize("strict", [True, False])
+def test_a_schema_that_ends_its_compiler_ends_nothing_else(strict: bool) -> None:
+    """llguidance 1.9.1 dies of SIGSEGV at this one."""
+    with pytest.raises(PenstockError, match="its compiler fails"):
+        grammar.json_rule({"const": -9223372036854775808}, "schema", strict=strict)

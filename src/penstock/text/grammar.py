@@ -9,10 +9,14 @@ grammar made here calls complete is read back by the assembler as what was asked
 from __future__ import annotations
 
 import json
+import math
 import re
+import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
+from functools import lru_cache
 from typing import Any
 
 from penstock.errors import Kind, PenstockError
@@ -38,6 +42,13 @@ _CALLS = {
     "harmony": "<|channel|>commentary to=functions.%name% <|constrain|>json<|message|>%arguments%",
 }
 """How calls are written in the formats that hold arguments as JSON; for all others see `forced`."""
+_CHECK = """
+import json, llguidance, resource, sys
+resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+limits, grammar = llguidance.LLParserLimits(**json.loads(sys.argv[1])), sys.stdin.buffer.read().decode()
+failed, found = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
+sys.stdout.buffer.write((found[0] if failed else "").encode())
+"""
 _ENDS_ANSWER = ("harmony",)
 """Formats whose call is the answer's end, so there is one."""
 _PLACES = re.compile("%(name|arguments|index)%")
@@ -61,10 +72,7 @@ def json_rule(schema: Any, param: str, *, strict: bool = True) -> str:
 
     Not strict: keywords that can't be enforced are ignored. Raises INVALID_FIELD.
     """
-    product = 1
-    for value in _multiples(schema):
-        product *= value
-    if product > MOST_MULTIPLES:
+    if math.prod(_multiples(schema)) > MOST_MULTIPLES:
         raise invalid(param, "multipleOf is too fine to be enforced.")
     options = {**_OPTIONS, "lenient": not strict}
     rule = "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
@@ -174,12 +182,16 @@ def _multiples(schema: Any) -> Iterable[int]:
             yield from _multiples(inner)
 
 
+@lru_cache(64)
 def _problem(grammar: str) -> str:
-    from llguidance import LLMatcher, LLParserLimits
-
-    limits = LLParserLimits(**GRAMMAR_LIMITS)
-    failed, messages = LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
-    return re.sub(r"^at \d+\(\d+\): ", "", messages[0].partition("\n")[0])[:300] if failed else ""
+    """What the compiler finds wrong, in a process of its own: it is native code, and some schema ends it."""
+    command = [sys.executable, "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
+    asked = grammar.encode(errors="replace")
+    try:
+        done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
+    except subprocess.SubprocessError:
+        return "its compiler fails"
+    return re.sub(r"^at \d+\(\d+\): ", "", done.stdout.decode().partition("\n")[0])[:300]
 
 
 def invalid(param: str, message: str) -> PenstockError:
