@@ -78,7 +78,11 @@ def json_rule(schema: Any, param: str, *, strict: bool = True) -> str:
     rule = "%json " + json.dumps({**schema, "x-guidance": options}, ensure_ascii=False)
     if len(rule) > MAX_GRAMMAR:
         raise invalid(param, f"a schema of {len(rule):,} characters is more than {MAX_GRAMMAR:,}.")
-    if problem := _problem(f"start: {rule}"):
+    try:
+        problem = _problem(f"start: {rule}")
+    except subprocess.SubprocessError:
+        problem = "its compiler fails"
+    if problem:
         raise invalid(param, f"this schema can't be enforced: {problem}.")
     return rule
 
@@ -184,13 +188,13 @@ def _multiples(schema: Any) -> Iterable[int]:
 
 @lru_cache(64)
 def _problem(grammar: str) -> str:
-    """What the compiler finds wrong, in a process of its own: it is native code, and some schema ends it."""
+    """What the compiler finds wrong, in a process of its own: it is native code, and some schema ends it.
+
+    Raises subprocess.SubprocessError then, and that is not remembered: a crowded machine may be why.
+    """
     command = [sys.executable, "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
     asked = grammar.encode(errors="replace")
-    try:
-        done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
-    except subprocess.SubprocessError:
-        return "its compiler fails"
+    done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
     return re.sub(r"^at \d+\(\d+\): ", "", done.stdout.decode().partition("\n")[0])[:300]
 
 
