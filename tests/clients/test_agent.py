@@ -13,7 +13,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from tests.support import claude_code, codex, opencode
+from tests.support.agents import AGENTS
 from tests.support.serve_scripted import ScriptedServer
 
 PREFILL, KEEPALIVE = 330.0, 10.0
@@ -26,14 +26,7 @@ PREFILL, KEEPALIVE = 330.0, 10.0
         pytest.param(1.0, marks=pytest.mark.clients_slow, id="real time"),
     ],
 )
-@pytest.mark.parametrize(
-    "agent",
-    [
-        pytest.param(opencode, id="opencode"),
-        pytest.param(claude_code, id="Claude Code"),
-        pytest.param(codex, id="Codex"),
-    ],
-)
+@pytest.mark.parametrize("agent", AGENTS)
 def test_it_reads_a_file_and_answers(
     model_dir: Path, tmp_path: Path, agent: ModuleType, factor: float
 ) -> None:

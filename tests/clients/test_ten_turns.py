@@ -17,16 +17,16 @@ from typing import Any
 
 import msgspec
 import pytest
-from tests.support import claude_code, codex, opencode
+from tests.support.agents import AGENTS
 from tests.support.recorder import Recorded, Recorder
 from tests.support.serve_scripted import ScriptedServer
 from tests.support.whole_server import WholeServer
 
-import penstock.demo
 from penstock.api import anthropic, chat, responses_request
 from penstock.api.anthropic import MessagesRequest
 from penstock.api.responses_request import ResponsesRequest
 from penstock.api.schema import ChatRequest
+from penstock.models import DEMO
 from penstock.text.parts import TextParts
 
 pytestmark = pytest.mark.clients
@@ -106,7 +106,7 @@ def is_main(asked: Recorded) -> bool:
 
 def long_demo(directory: Path) -> Path:
     """The demo model with a context that agents' prompts fit in."""
-    shutil.copytree(Path(penstock.demo.__file__).parent / "model", directory)
+    shutil.copytree(DEMO, directory)
     config = json.loads((directory / "config.json").read_text())
     (directory / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 131_072}))
     return directory
@@ -142,14 +142,7 @@ def settled(server: WholeServer) -> dict[str, Any]:
     return dict(status["cache"])
 
 
-@pytest.mark.parametrize(
-    "agent",
-    [
-        pytest.param(opencode, id="opencode"),
-        pytest.param(claude_code, id="Claude Code"),
-        pytest.param(codex, id="Codex"),
-    ],
-)
+@pytest.mark.parametrize("agent", AGENTS)
 def test_what_was_computed_once_comes_from_the_cache(
     model_dir: Path, tmp_path: Path, agent: ModuleType
 ) -> None:

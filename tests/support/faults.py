@@ -19,19 +19,14 @@ MOST_LATE = 12
 _late = 0
 
 
-def cut_off() -> mx.array:
-    """(512, 512) float32 of a file that ends before them: the stream's thread fails to read it."""
+def late_error() -> mx.array:
+    """A float32 zero whose evaluation fails on the stream's thread: MLX raises later, perhaps elsewhere."""
     with tempfile.TemporaryDirectory() as directory:
         path = str(Path(directory) / "cut.safetensors")
         mx.save_safetensors(path, {"x": mx.ones((512, 512))})
         array = mx.load(path)["x"]  # type: ignore[index]
         os.truncate(path, 200)
-        return array  # type: ignore[return-value]
-
-
-def late_error() -> mx.array:
-    """A float32 zero whose evaluation fails on the stream's thread: MLX raises later, perhaps elsewhere."""
-    return (cut_off() * 0).sum()
+        return (array * 0).sum()  # type: ignore[union-attr]
 
 
 def late_error_or_raise() -> mx.array:

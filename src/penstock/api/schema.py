@@ -12,12 +12,12 @@ from typing import Annotated, Any, Literal
 from msgspec import Meta, Struct
 
 MAX_CHOICES = 16
-UNSEEN = "[an image, which this model cannot see]"
-"""What a tool's result holds for an image: a refusal would be met again in every turn that follows."""
 MAX_STOPS = 16
 MAX_STOP_LENGTH = 4096
 MAX_TOP_LOGPROBS = 20
 MAX_TOOLS_SIZE = 4_000_000
+UNSEEN = "[an image, which this model cannot see]"
+"""What a tool's result holds for an image: a refusal would be met again in every turn that follows."""
 
 Share = Annotated[float, Meta(ge=0, le=1)]
 LARGEST = 2**63 - 1
