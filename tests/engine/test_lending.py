@@ -414,6 +414,7 @@ def test_any_history_of_lending_computes_the_same(name: str) -> None:
         max_examples=20,
         stateful_step_count=25,
         phases=[Phase.generate],  # smaller examples would take an engine each
+        derandomize=False,  # Hypothesis would play the same 20 each time where it sees a CI
         deadline=None,
         suppress_health_check=list(HealthCheck),
         database=None,
