@@ -124,7 +124,7 @@ class Judge:
             return  # it comes back when rows have left, whatever is free
         costs = facts.costs
         step = plan.transient + sum(costs.growth(s.capacity, new) for s, new in plan.grow)
-        needed = costs.fixed + costs.kv_per_token * first.first_capacity + costs.states
+        needed = costs.row(first.first_capacity) + costs.states
         if first.preempted_at is not None:
             needed += sum(costs.growth(s.capacity, min(s.capacity + max(256, s.capacity // 8), s.limit))
                           for s in aboard)  # fmt: skip
@@ -144,7 +144,7 @@ def test_nobody_waits_while_cached_bytes_could_go(name: str, monkeypatch: pytest
     probe.close()
     monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)  # a prompt has 30 of them; at full scale, 120
     events = issue1390(1, 0.008, 6)
-    ceiling = 1_200 * costs.kv_per_token + 5 * costs.fixed
+    ceiling = 1_200 * costs.kv_per_token + 5 * costs.row(0)
     engine = make(name, ceiling=ceiling)
     judge, evicted = Judge(), 0
     monkeypatch.setattr(loop_module, "schedule", judge)

@@ -161,9 +161,10 @@ def test_preemption_moves_what_was_computed_and_allocates_nothing(monkeypatch: p
     name = "qwen3"
     expected = [uncached_answer(name, seed) for seed in range(2)]
     probe = make(name)
-    per_token = probe.accounts.costs.kv_per_token
+    costs = probe.accounts.costs
+    per_token = costs.kv_per_token
     probe.close()
-    engine = make(name, ceiling=int(450 * per_token))
+    engine = make(name, ceiling=450 * per_token + 2 * costs.rounding)
     grown = []
     preempt = engine.cache.preempt
 

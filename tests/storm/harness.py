@@ -11,7 +11,6 @@ import math
 import random
 import time
 from dataclasses import dataclass, replace
-from mmap import PAGESIZE
 from typing import Any
 
 import mlx.core as mx
@@ -216,14 +215,6 @@ class Storm:
             f"{plan.chunk and (plan.chunk.length, plan.chunk.sequence.launched)}",
         )
 
-    def _rounding(self) -> int:
-        """Bytes by which the rows' buffers may be larger than was asked for.
-
-        The CPU back end takes freed buffers again that are up to two pages too large. So do GPUs, where rows
-        are charged for it.
-        """
-        return 2 * PAGESIZE * self.engine.loop.facts.costs.buffers * len(self.engine.accounts.rows)
-
     def _why_unused(self, plan: Any) -> str:
         """What keeps everybody who waits from the bytes that this plan leaves."""
         loop = self.engine.loop
@@ -255,8 +246,7 @@ class Storm:
         if not self.engine.loop.pipelined:
             active = int(mx.get_active_memory())
             lasting = self.engine.accounts.lasting
-            beyond = active - lasting - self._rounding()
-            assert beyond <= TOLERANCE, f"{beyond} bytes last that are not leased: {step}"
+            assert active - lasting <= TOLERANCE, f"{active - lasting} bytes last that are not leased: {step}"
             leased = max(step.lasting, lasting, self.leased) + step.predicted + TOLERANCE
             assert peak <= leased * self.bound, "the step held more than was leased"
             if step.copied:

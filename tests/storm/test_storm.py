@@ -26,8 +26,6 @@ STEPS = int(os.environ.get("STORM_STEPS", "2000"))
 IN_USE = 0.7
 """Of the budget, at the median over the steps before which a request waited. It differs from storm to storm;
 that it is 0.85 over many is a law of `tests/stateful`, where a storm costs no time."""
-COPY = 1.05
-"""Of what was granted for a copy: the CPU back end's buffers may be two pages larger than was asked for."""
 
 
 def show(name: str, record: Record) -> None:
@@ -59,7 +57,7 @@ def test_no_step_holds_more_than_was_predicted_for_it(name: str) -> None:
     show(f"{name}, step by step", record)
     is_tight(record)
     assert record.worst() <= 1.0
-    assert record.worst(copies=True) <= COPY
+    assert round(record.worst(copies=True), 4) <= 1.0  # a few ids are too small to lease
     assert record.median_of_big_chunks() >= 0.75
     kinds = {"growth", "decode", "assemble", "publish", *(f"prefill {tenth}" for tenth in range(10))}
     assert kinds <= record.by_kind().keys()
@@ -73,7 +71,7 @@ def test_a_short_storm(name: str, pipelined: bool) -> None:
     show(f"{name}, " + ("as in service" if pipelined else "step by step"), record)
     assert record.largest_share >= 0.1  # thirty steps need not be tight; `make test-storm` must
     assert pipelined or record.worst() <= 1.0
-    assert record.worst(copies=True) <= COPY
+    assert round(record.worst(copies=True), 4) <= 1.0  # a few ids are too small to lease
 
 
 def grow(storm: Storm) -> float:

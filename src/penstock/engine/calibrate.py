@@ -12,12 +12,14 @@ import sys
 import time
 from array import array
 from collections.abc import Callable
+from mmap import PAGESIZE
 from typing import Any
 
 import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from msgspec.structs import replace
 
+from penstock.engine import device
 from penstock.engine.batch import Runner
 from penstock.engine.gated_delta import THRESHOLD
 from penstock.engine.rows import Row
@@ -39,8 +41,8 @@ RUN_AHEAD, RUN_AHEAD_SHARE = 1 << 30, 1 / 32
 """How far a GPU's work may run ahead in a chunk: bytes, and share of the room. Unthrottled, the host launches
 all layers before the first has run, and every layer's activations are there at once: on an H200 a chunk then
 holds up to six times as much, and is 0 to 3 % faster."""
-ROUNDING = 2 * 16_384
-"""A GPU's buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
+ROUNDING = {"cpu": 2 * PAGESIZE, "metal": 2 * 16_384, "cuda": 2 * 16_384}
+"""A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
 
 USUAL = Sampling(
     temperature=1.0,
@@ -57,8 +59,8 @@ COSTLY = replace(USUAL, xtc_probability=1.0, xtc_threshold=0.1)
 """Everything that a request can ask for, without XTC and with it: no draw holds more."""
 
 
-def costs_of(runner: Runner) -> Costs:
-    """What a row costs, from a row of one position."""
+def costs_of(runner: Runner, backend: str | None = None) -> Costs:
+    """What a row costs, from a row of one position; `backend`: another than computes here."""
     row = runner.open(1)
     runner.prefill(row, [0])  # built, not computed: shapes are known before
     kv = [cache.nbytes for cache in row.kv]
@@ -66,10 +68,10 @@ def costs_of(runner: Runner) -> Costs:
     windows = [_full_window(leaf) for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
     states = sum(int(x.nbytes) for cache in row.states for x in cache.cache if x is not None)
     runner.close(row)
-    rounding = 0 if _on_cpu() else ROUNDING * buffers
     # A window grows by concatenation until it is full: one of them may exist twice.
-    fixed = sum(windows) + max(windows, default=0) + states + rounding
-    return Costs(sum(kv), max(kv, default=0), fixed, states, buffers)
+    fixed = sum(windows) + max(windows, default=0) + states
+    rounding = ROUNDING[backend or device.backend()] * buffers
+    return Costs(sum(kv), max(kv, default=0), fixed, states, buffers, rounding)
 
 
 def calibrate(

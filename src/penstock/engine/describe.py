@@ -14,7 +14,6 @@ import logging
 import os
 import sys
 from collections.abc import Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +55,7 @@ def describe(question: Question) -> dict[str, Any]:
         elif question.weights is not None:
             model.set_dtype(getattr(mx, question.dtype))
         facts = loader.measure(model, loader.read_configs(directory))
-        costs = calibrate.costs_of(Runner(model))
-    if question.backend != "cpu" and device.backend() == "cpu":
-        costs = replace(costs, fixed=costs.fixed + calibrate.ROUNDING * costs.buffers)
+        costs = calibrate.costs_of(Runner(model), question.backend)
     weights = facts.weights_bytes if question.weights is None else question.weights
     measured = _measured(question, config, question.ceiling - weights) if question.here else None
     shape = estimate.Shape.of(config, facts.vocab_size, 4 if question.backend == "cpu" else 2)

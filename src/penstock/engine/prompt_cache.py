@@ -279,7 +279,7 @@ class PromptCache:
         """
         runs = self.tree.unpacked(cover)
         ids = sum(count for _, count in runs)
-        if self._room(self.costs.kv_per_token * ids):
+        if self._room(self.costs.kv_per_token * ids + self.costs.rounding):
             made = [store.pack(row, start, count) for start, count in runs]
         elif self._room(self.costs.layer_per_token * ids):
             made = store.move(row, runs)
@@ -294,7 +294,7 @@ class PromptCache:
     def _adopt(self, sequence: Sequence, cover: Cover) -> None:
         row = sequence.row
         lease = self.accounts.rows.pop(sequence.id)
-        kept = self.costs.kv_per_token * sequence.capacity
+        kept = self.costs.row(sequence.capacity) - self.costs.fixed
         self.accounts.ledger.move(lease, Account.CACHED)
         self.accounts.ledger.correct(lease, kept, 2 * len(row.kv))
         self.runner.detach(row)

@@ -35,10 +35,12 @@ class Costs:
     """Of `fixed`, the recurrent states, which exist twice while the batch changes."""
     buffers: int
     """Live buffers of a row."""
+    rounding: int = 0
+    """By how much they may be larger than was asked for, all together."""
 
     def row(self, capacity: int) -> int:
         """Bytes of a row with room for `capacity` ids."""
-        return self.fixed + self.kv_per_token * capacity
+        return self.fixed + self.rounding + self.kv_per_token * capacity
 
     def growth(self, old: int, new: int) -> int:
         """Lasting bytes of growing a row's capacity."""

@@ -149,7 +149,7 @@ def figures(
         "ceiling_bytes": ceiling,
         "weights_bytes": weights,
         "kv_bytes_per_token": fit.costs.kv_per_token,
-        "fixed_bytes_per_sequence": fit.costs.fixed,
+        "fixed_bytes_per_sequence": fit.costs.row(0),
         "context_length": context,
         "longest": longest,
         "step_bytes_at_longest": fit.alone(longest) - fit.costs.row(longest) if longest else None,
