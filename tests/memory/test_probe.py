@@ -44,6 +44,36 @@ def test_cgroup_v2_limits_are_the_tightest_on_the_path(tmp_path: Path) -> None:
     assert linux.read(1).available == 1 * GiB
 
 
+@pytest.mark.parametrize(
+    ("base", "line", "names", "stat"),
+    [
+        ("", "0::/a\n", ("memory.max", "memory.current"), "anon 5\ninactive_file {}\nactive_file 7\n"),
+        (
+            "memory/",
+            "5:memory:/a\n",
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+            "inactive_file 3\ntotal_inactive_file {}\ntotal_active_file 7\n",
+        ),
+    ],
+)
+def test_pages_of_files_that_were_read_are_not_used_up(
+    tmp_path: Path, base: str, line: str, names: tuple[str, str], stat: str
+) -> None:
+    """The weights' file, once read, stays in a container's page cache and counts in its usage."""
+    place = f"sys/fs/cgroup/{base}a"
+    linux = lay_out(
+        tmp_path,
+        {
+            "proc/meminfo": MEMINFO,
+            "proc/self/cgroup": line,
+            f"{place}/{names[0]}": f"{32 * GiB}\n",
+            f"{place}/{names[1]}": f"{31 * GiB}\n",
+            f"{place}/memory.stat": stat.format(11 * GiB),
+        },
+    )
+    assert linux.read(1).available == 12 * GiB
+
+
 def test_cgroup_v1_says_no_limit_by_a_huge_number(tmp_path: Path) -> None:
     base = "sys/fs/cgroup/memory"
     files = {

@@ -134,9 +134,13 @@ class LinuxProbe:
                 continue
             parts = [part for part in path.split("/") if part not in ("", "..")]
             for depth in range(len(parts), -1, -1):
-                limit, usage = (self._number("/".join((base, *parts[:depth], name))) for name in names)
+                place = "/".join((base, *parts[:depth]))
+                limit, usage = (self._number(f"{place}/{name}") for name in names)
                 if limit is not None and limit < 1 << 60:  # v1 says 'no limit' by a number near 2^63
-                    found.append((limit, usage))
+                    # What was read from files, weights too, counts as used until somebody needs the room.
+                    told = self._text(f"{place}/memory.stat")
+                    files = re.findall(r"^(?:total_)?inactive_file (\d+)$", told, re.MULTILINE)
+                    found.append((limit, usage and max(0, usage - int(files[-1] if files else 0))))
         return found
 
     def _text(self, path: str) -> str:
