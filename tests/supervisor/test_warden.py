@@ -47,3 +47,44 @@ def test_without_a_device_of_its_own_the_host_decides():
     cut = warden.look(1, books(held=2 * GiB, device_free=None), 1.0)
     assert cut is not None
     assert cut.size == int(2.5 * GiB)
+
+
+class Following:
+    """A machine under pressure, whose engine's process holds what its books say."""
+
+    def __init__(self, pressure: Pressure) -> None:
+        self.pressure = pressure
+        self.held = 0
+
+    def machine(self) -> Machine:
+        return Machine(physical=64 * GiB)
+
+    def read(self, pid: int) -> Reading:
+        return Reading(None, self.pressure, self.held)
+
+
+def test_who_waits_is_told_of_the_last_bytes_that_it_needs():
+    probe = Following(Pressure.CRITICAL)
+    warden = Warden(probe, asked=10 * GiB)
+    warden.device(wire.Device("metal", "M4", 48 * GiB, 0), 0.0)
+    probe.held = 8 * GiB
+    idle = msgspec.structs.replace(books(0, None), floor=8 * GiB, least=8 * GiB)
+    told = warden.look(1, idle, 1.0)
+    assert told is not None
+    assert told.size == 8 * GiB
+    little = msgspec.structs.replace(idle, floor=8 * GiB + 1000, least=8 * GiB + 1000)
+    assert warden.look(1, little, 2.0) is None
+    told = warden.look(1, msgspec.structs.replace(little, waiting=1), 3.0)
+    assert told is not None
+    assert told.size == 8 * GiB + 1000
+
+
+def test_a_notch_leaves_the_oldest_row_its_room():
+    probe = Following(Pressure.NORMAL)
+    warden = Warden(probe, asked=10 * GiB)
+    warden.device(wire.Device("metal", "M4", 48 * GiB, 0), 0.0)
+    warden.notches.lower(1.0)
+    books_ = msgspec.structs.replace(books(0, None), least=int(9.5 * GiB), floor=int(9.9 * GiB), waiting=1)
+    told = warden.look(1, books_, 2.0)
+    assert told is not None
+    assert told.size == int(9.5 * GiB)

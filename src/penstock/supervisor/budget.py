@@ -22,9 +22,12 @@ SMALL_SHARE = 0.25
 OVERHEAD, OVERHEAD_SHARE = 64 * MiB, 0.06
 """Of a limit on processes: what it counts besides MLX's own count (fragments of the heap, stacks, Python)."""
 RISE_SHARE, RISE_SECONDS = 0.05, 10.0
-"""The budget rises by this share of the ceiling in this time."""
-WARN_SHARE, CRITICAL_SHARE = 0.95, 0.80
-"""Of our own footprint: where the budget goes at once under the system's pressure."""
+"""The budget rises by this share of the ceiling in this time; under a mere warning it falls so fast."""
+WARN_KEEPS = 0.5
+"""What a warning never takes of the bytes above `floor`. With a large model on a Mac it may last for hours,
+and an engine without a cache computes all prompts again."""
+CRITICAL_SHARE = 0.80
+"""Of our own footprint: where the budget goes at once under critical pressure."""
 KEEP_AVAILABLE = 512 * MiB
 """Bytes that are left to the rest of a Linux system before the budget falls."""
 
@@ -73,21 +76,23 @@ class Governor:
     def update(self, reading: Reading, floor: int, now: float) -> int:
         """The budget in force from now on, in bytes; never above the ceiling, never below `floor`."""
         target, why = self.limit.size, self.limit.decided_by
+        floor = min(floor, target)
+        elapsed, self._at = max(0.0, now - self._at), now
+        step = max(1, int(self.limit.size * RISE_SHARE * elapsed / RISE_SECONDS))
         footprint = reading.footprint
         if footprint is not None:
             if reading.pressure is Pressure.CRITICAL:
                 target, why = min(target, int(footprint * CRITICAL_SHARE)), "critical memory pressure"
             elif reading.pressure is Pressure.WARN:
-                target, why = min(target, int(footprint * WARN_SHARE)), "memory pressure"
+                kept = floor + int((self.limit.size - floor) * WARN_KEEPS)
+                target, why = max(min(footprint, self.budget) - step, kept), "memory pressure"
             if reading.available is not None:
                 reachable = footprint + reading.available - KEEP_AVAILABLE
                 if reachable < target:
                     target, why = reachable, "memory available on this machine"
-        elapsed, self._at = max(0.0, now - self._at), now
         if target > self.budget:
-            step = self.limit.size * RISE_SHARE * elapsed / RISE_SECONDS
-            target = min(target, self.budget + max(1, int(step)))
-        target = max(target, min(floor, self.limit.size))
+            target = min(target, self.budget + step)
+        target = max(target, floor)
         if target != self.budget:
             self.decided_by = why
         self.budget = target

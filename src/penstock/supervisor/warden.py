@@ -18,7 +18,7 @@ from penstock.supervisor.notches import Notches
 OUT_OF_MEMORY = "out_of_memory"
 """Name of the engine's count of errors that spoke of memory."""
 NOTICEABLE = 0.01
-"""Changes of the budget below this share of the ceiling are not worth a message."""
+"""Changes of the budget below this share of the ceiling are not worth a message while nobody waits."""
 
 
 class Warden:
@@ -72,11 +72,10 @@ class Warden:
         if budget < before * (1 - NOTICEABLE):
             why = self.governor.decided_by
             repeated("budget", f"memory budget cut to {gigabytes(budget)}: {why}")
-        budget = min(budget, self.notches.cap(self.governor.limit.size))
-        full = budget == self.governor.limit.size
-        if abs(budget - self._told) < self.governor.limit.size * NOTICEABLE and not (
-            full and budget != self._told
-        ):
+        limit = self.governor.limit.size
+        budget = min(budget, max(self.notches.cap(limit), min(status.least, limit)))
+        little = abs(budget - self._told) < limit * NOTICEABLE
+        if budget == self._told or (little and budget != limit and not status.waiting):
             return None
         self._told = budget
         return self.budget
@@ -104,6 +103,6 @@ class Warden:
             return None
         limit = self.governor.limit
         why = self.governor.decided_by
-        if self.notches.count and self._told == self.notches.cap(limit.size):
+        if self.notches.count and self._told < self.governor.budget:
             why = "an engine that ran out of memory"
         return wire.Budget(self._told, limit.size, why)
