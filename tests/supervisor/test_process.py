@@ -16,7 +16,7 @@ import pytest
 from tests.support import scripted_engine
 from tests.support.tickets import run
 
-from penstock.supervisor.process import LINES_PER_SECOND, EngineProcess, describe_exit
+from penstock.supervisor.process import COMMAND, LINES_PER_SECOND, EngineProcess, describe_exit
 
 SEGV = "killed by signal 11 (SIGSEGV)"
 
@@ -38,6 +38,13 @@ SEGV = "killed by signal 11 (SIGSEGV)"
 )
 def test_exits_are_described_for_people(code, platform, words):
     assert describe_exit(code, platform) == words
+
+
+def test_a_file_where_the_server_is_started_stands_for_no_module(tmp_path):
+    """A project under work may have a queue.py, and code that is not to be trusted."""
+    (tmp_path / "queue.py").write_text("raise SystemExit('the wrong one')")
+    done = subprocess.run(COMMAND, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "required: --socket-fd" in done.stderr
 
 
 def start(program):

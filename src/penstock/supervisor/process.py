@@ -24,7 +24,8 @@ from collections.abc import Callable, Mapping, Sequence
 from penstock.page import Page
 from penstock.platform import engine_environment
 
-COMMAND = (sys.executable, "-m", "penstock.engine")
+COMMAND = (sys.executable, "-P", "-m", "penstock.engine")
+"""-P: nothing is imported from the directory that the server happens to be started in."""
 LINE_BOUND = 2000
 LINES_PER_SECOND = 200
 TAIL_LINES = 80
@@ -59,7 +60,7 @@ class EngineProcess:
         on_exit: Callable[[int], None],
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Starts it. Raises OSError where the system refuses; nothing is left open then."""
+        """Starts it. Raises OSError or RuntimeError where the system refuses; nothing is left open then."""
         self._loop = asyncio.get_running_loop()
         self._on_exit = on_exit
         self._over = False
@@ -82,17 +83,17 @@ class EngineProcess:
                 start_new_session=True,
                 env=environment,
             )
+            reader = threading.Thread(target=self._read_output, name="engine-output", daemon=True)
+            reader.start()
+            threading.Thread(target=self._reap, args=(reader,), name="engine-reaper", daemon=True).start()
         except BaseException:
-            self.socket.close()
+            self.socket.close()  # which ends it, if it has been started
             self.page.close()
             raise
         finally:
             theirs.close()
         self.page.close_fd()
         self.pid = self._process.pid
-        reader = threading.Thread(target=self._read_output, name="engine-output", daemon=True)
-        reader.start()
-        threading.Thread(target=self._reap, args=(reader,), name="engine-reaper", daemon=True).start()
 
     @property
     def last_words(self) -> list[str]:

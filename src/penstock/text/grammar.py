@@ -192,7 +192,7 @@ def _problem(grammar: str) -> str:
 
     Raises subprocess.SubprocessError then, and that is not remembered: a crowded machine may be why.
     """
-    command = [sys.executable, "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
+    command = [sys.executable, "-P", "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
     asked = grammar.encode(errors="replace")
     done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
     return re.sub(r"^at \d+\(\d+\): ", "", done.stdout.decode().partition("\n")[0])[:300]
