@@ -165,3 +165,15 @@ def test_a_profile_is_read_back_as_it_was(tmp_path: Path, monkeypatch: pytest.Mo
     (file,) = tmp_path.rglob("*.json")
     file.write_bytes(file.read_bytes()[: random.Random(1).randrange(10, 40)])
     assert profile.load("key") is None
+
+
+def test_a_profile_that_cannot_be_kept_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(os.environ, "XDG_CACHE_HOME", str(tmp_path))
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.replace", full)
+    profile.save("key", calibrated(scaled_models.runner("qwen3_5"), 64))
+    assert profile.load("key") is None
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]

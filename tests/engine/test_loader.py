@@ -8,6 +8,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 from tests.support import tiny_models
 
 from penstock.engine import calibrate, loader
@@ -205,3 +206,9 @@ def test_quantised_weights_stay(tmp_path: Path) -> None:
     projection = loaded.model.model.layers[0].self_attn.q_proj
     assert (projection.weight.dtype, projection.scales.dtype) == (mx.uint32, mx.float32)
     assert loaded.model(mx.array([[1, 2]])).dtype == mx.float32
+
+
+def test_each_array_that_is_there_is_a_sign_of_life(directory: Path) -> None:
+    beats: list[int] = []
+    loaded = loader.load(directory, beat=lambda: beats.append(1))
+    assert len(beats) == len(tree_flatten(loaded.model.parameters()))

@@ -71,6 +71,21 @@ def test_requests_that_do_not_fit_together_take_turns(
         assert server.health()["engine_deaths"] == 0
 
 
+def test_a_limit_that_holds_the_weights_and_little_more_is_refused(wide: Path, tmp_path: Path) -> None:
+    size = sum(path.stat().st_size for path in wide.glob("*.safetensors"))
+    for limit in (size + 1_000, size + 40_000):
+        done = subprocess.run(
+            [*PENSTOCK, "serve", str(wide), "--port", "0", "--memory-limit", str(limit)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+        assert done.returncode == 2
+        assert "leave too little of" in done.stderr
+        assert "Traceback" not in done.stderr
+
+
 def test_a_model_that_does_not_fit_is_refused_before_it_is_loaded(wide: Path, tmp_path: Path) -> None:
     """17.7 MB of weights for a device that may hold 12."""
     done = subprocess.run(

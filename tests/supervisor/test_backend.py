@@ -18,6 +18,7 @@ from penstock.errors import Kind, PenstockError
 from penstock.supervisor.backend import Backend, Done, Finished
 from penstock.supervisor.channel import FrontChannel
 from penstock.supervisor.machine import HangLimits, Policy
+from penstock.supervisor.queue import QueueLimits
 
 
 def test_jobs_opened_before_it_is_ready_are_served():
@@ -112,6 +113,7 @@ def test_many_long_prompts_are_held_back_without_loss(monkeypatch):
     held_back = []
     resume = FrontChannel.resume_writing
     monkeypatch.setattr("penstock.supervisor.channel.OUTGOING_BOUND", 1 << 16)
+    monkeypatch.setattr("penstock.supervisor.process._SOCKET_BUFFER", 1 << 13)  # takes no prompt at once
     monkeypatch.setattr(FrontChannel, "resume_writing", lambda self: held_back.append(1) or resume(self))
 
     async def main(backend):
@@ -233,6 +235,34 @@ def test_a_halt_is_not_tried_again():
         assert backend.snapshot()["engine_deaths"] == 0
 
     play(main, {"halt": "no such architecture"})
+
+
+def test_a_model_that_cannot_be_loaded_again_for_a_while_is_served_after_it():
+    async def main(backend):
+        assert (await hear(backend.open(job(range(20))))).ids == {0: list(range(20))}
+        assert backend.snapshot()["engine_deaths"] == 3
+
+    gone = [{"epoch": epoch, "at": "load", "do": "halt:it has no config.json"} for epoch in (2, 3)]
+    faults = [{"epoch": 1, "at": "step", "n": 3, "do": "SIGKILL"}, *gone]
+    play(main, {"token_seconds": 0.01, "faults": faults})
+
+
+def test_who_waits_too_long_is_told_so_where_no_engine_is_there():
+    async def main(backend):
+        await backend.wait_ready()
+        os.kill(backend.snapshot()["engine"]["pid"], signal.SIGKILL)
+        await until(lambda: backend.snapshot()["engine"] is None)
+        with pytest.raises(PenstockError, match="busy, retry"):
+            await hear(backend.open(job([1])))
+
+    faults = [{"epoch": epoch, "at": "load", "do": "exit:7"} for epoch in range(2, 9)]
+    play(
+        main,
+        {"faults": faults},
+        policy=Policy(loading_deaths=9, backoff=0.3),
+        limits=HangLimits(interval=0.05),
+        queue=QueueLimits(seconds=0.5),
+    )
 
 
 def test_a_command_that_cannot_be_started_halts():

@@ -156,20 +156,34 @@ def test_a_start_that_succeeds_between_forgives_deaths_while_loading():
         life.died(0.0, "")
 
 
-@pytest.mark.parametrize("before", ["loading", "ready", "restarting"])
-def test_a_halt_message_halts_at_once(before):
+def test_a_halt_message_halts_at_once():
     life = EngineLife(POLICY)
     life.start()
-    if before != "loading":
-        life.ready()
-    if before == "restarting":
-        life.died(0.0, "")
     fail, kill = life.halt("no such architecture")
     assert fail.message.endswith("no such architecture")
     assert kill == Kill(stacks=False)
     assert life.died(1.0, "exited") == []
     assert (life.state, life.reason) == (State.HALTED, "no such architecture")
     assert life.ready() == []
+
+
+@pytest.mark.parametrize("before", ["ready", "restarting", "unloaded"])
+def test_a_halt_of_a_model_that_has_served_is_a_death_like_others(before):
+    """Its disk may be away for a moment, or another program hold the device's memory."""
+    life = ready_life()
+    if before == "restarting":
+        assert Spawn() in life.died(0.0, "")
+    if before == "unloaded":
+        life.unload(0.0)
+        assert life.died(0.0, "") == []
+        assert life.wanted() == [Spawn()]
+    assert life.halt("it has no config.json") == []
+    actions = life.died(1.0, "it has no config.json, exited with code 3")
+    assert life.state is State.RESTARTING
+    assert life.reason.startswith("it has no config.json")
+    while Spawn() not in actions:
+        actions = life.tick(1e9)
+    assert life.ready() == [SubmitOpen()]
 
 
 def test_a_hung_engine_is_killed_with_its_stacks():

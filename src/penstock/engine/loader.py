@@ -9,7 +9,7 @@ caches and arrays, not derived from its config, but for what only the config can
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -64,14 +64,24 @@ class Loaded:
     facts: ModelFacts
 
 
-def load(path: str | Path, *, trust_remote_code: bool = False) -> Loaded:
-    """Load the model in the directory `path`, all weights in memory. Raises LoadError."""
+def load(
+    path: str | Path, *, trust_remote_code: bool = False, beat: Callable[[], object] = lambda: None
+) -> Loaded:
+    """Load the model in the directory `path`, all weights in memory. Raises LoadError.
+
+    `beat` is called whenever an array is there: a slow disk may take many minutes for all of them.
+    """
     directory = Path(path)
     with problems_of(directory):
         model, config = build(directory, trust_remote_code=trust_remote_code)
         if mx.default_device() == mx.cpu:
             model.set_dtype(mx.float32)
-        mx.eval(model.parameters())
+        arrays = [array for _, array in tree_flatten(model.parameters())]
+        for array in arrays:
+            mx.async_eval(array)  # type: ignore[no-untyped-call]
+        for array in arrays:
+            mx.eval(array)
+            beat()
         return Loaded(model, config, measure(model, read_configs(directory)))
 
 

@@ -79,7 +79,7 @@ def _await(
 def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineChannel, page: Page) -> Loop:
     channel.send(wire.Loading("weights"))
     _refuse_weights(options.model_path, budget)
-    loaded = loader.load(options.model_path, trust_remote_code=options.trust_remote_code)
+    loaded = loader.load(options.model_path, trust_remote_code=options.trust_remote_code, beat=page.beat)
     facts = loaded.facts
     channel.send(wire.Loading("probe"))
     page.begin(Phase.PROBE)
@@ -90,6 +90,12 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
     transient = _transient(options, loaded, runner, room, channel, page)
     mx.clear_cache()
     held = max(facts.weights_bytes + transient.constants, int(mx.get_active_memory()))
+    longest = Fit(costs, transient).longest(budget.ceiling - held, facts.context_length)
+    if longest == 0:
+        raise Refused(
+            f"the model's weights take {gigabytes(facts.weights_bytes)} and leave too little of "
+            f"{gigabytes(budget.ceiling)} ({budget.decided_by}) to compute a single token"
+        )
     accounts = Accounts(budget.ceiling, held, costs, limits.set_pool, mx.set_memory_limit)
     accounts.set_budget(budget.size)
     cache = PromptCache(
@@ -99,12 +105,6 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
         log.warning("the prompt cache is off: this model's %s can't be cut or kept exactly", cache.obstacle)
     if options.wire_weights:
         limits.wire_weights(held)
-    longest = Fit(costs, transient).longest(budget.ceiling - held, facts.context_length)
-    if longest == 0:
-        raise Refused(
-            f"the model's weights take {gigabytes(facts.weights_bytes)} and leave too little of "
-            f"{gigabytes(budget.ceiling)} ({budget.decided_by}) to compute a single token"
-        )
     if options.hard_memory_limit:
         limits.fence(budget.ceiling)
     channel.send(_ready(facts, found, costs, budget, longest))

@@ -6,6 +6,7 @@ costs a calibration, never a start.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -54,13 +55,12 @@ def save(key: str, transient: Transient) -> None:
     path = _path(key)
     assert isinstance(transient.chunk, Curve)
     text = msgspec.json.encode(transient)
-    try:
+    with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as file:
-            file.write(text)
-        os.replace(file.name, path)
-    except OSError:
-        return
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            new = Path(folder, path.name)
+            new.write_bytes(text)
+            os.replace(new, path)
 
 
 class _Profile(msgspec.Struct, frozen=True):
@@ -71,5 +71,5 @@ class _Profile(msgspec.Struct, frozen=True):
 
 
 def _path(key: str) -> Path:
-    caches = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    caches = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     return Path(caches) / "penstock" / "profiles" / f"{key}.json"

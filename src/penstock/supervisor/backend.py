@@ -218,7 +218,7 @@ class Backend:
         self.stage = ""
         try:
             engine = self._engine = _Engine(self, self._epoch, self._limits)
-        except OSError as error:
+        except (OSError, RuntimeError) as error:
             _log.error("the engine could not be started: %s", error)
             self._act(self._life.died(monotonic(), f"it could not be started: {error}"))
             return
@@ -322,6 +322,7 @@ class Backend:
                 self._act(self._life.ready())
             case wire.Halt(reason):
                 _log.error("the engine halts: %s", reason)
+                engine.verdict = reason
                 self._act(self._life.halt(reason))
 
     def _step(self, step: wire.Step) -> None:
@@ -344,13 +345,12 @@ class Backend:
         longest = self._queue.seconds
         if longest is None:
             return
+        busy = PenstockError(Kind.BUSY, f"The server is busy, retry: {longest:g} s passed.")
         for entry in self.journal:
             if entry.waits and monotonic() - entry.ticket.stats.submitted > longest:
                 if entry.epoch is not None and self._engine is not None:
                     self._engine.channel.send(wire.End(entry.id, 0))
-                self._fail(
-                    entry, PenstockError(Kind.BUSY, f"The server is busy, retry: {longest:g} s passed.")
-                )
+                self._fail(entry, busy)
 
     def _finish_delivered(self) -> None:
         assert self.ready is not None
@@ -421,10 +421,10 @@ class Backend:
         loop = asyncio.get_running_loop()
         self._watch_timer = loop.call_later(self._limits.interval, self._look)
         self.observer.look()
+        self._drop_overdue()
         engine = self._engine
         if engine is None or engine.verdict is not None:
             return
-        self._drop_overdue()
         budget = self.warden.look(engine.process.pid, self.status, monotonic())
         if budget is not None:
             engine.channel.send(budget)

@@ -182,8 +182,8 @@ class EngineLife:
         return [*lost, WaitUntil(self._due)] if delay else [*lost, *self.tick(now, room)]
 
     def halt(self, why: str) -> list[Action]:
-        """The engine says that a restart would not mend it."""
-        if self.state in (State.HALTED, State.STOPPING):
+        """The engine says that a restart would not mend it, and ends. Believed of one that never served."""
+        if self.state in (State.HALTED, State.STOPPING) or self._has_served:
             return []
         return self._give_up(why)
 
