@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import logging
+import os
 import re
 import shlex
 import subprocess
@@ -224,6 +225,14 @@ def test_what_was_held_back_is_said_without_another_event(
         "warning: busy: a request was turned away",
         "warning: busy: a request was turned away (and 2 more like it)",
     ]
+
+
+def test_a_stderr_that_nobody_reads_holds_nobody_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    reader, writer = os.pipe()
+    with os.fdopen(reader, "rb"), os.fdopen(writer, "w") as pipe:
+        for _ in set_up(pipe, monkeypatch):  # type: ignore[arg-type]
+            for number in range(3_000):
+                logging.getLogger("penstock").error("line %d of what fills a pipe of 64 KB", number)
 
 
 def test_a_lost_stderr_is_no_error(stream: io.StringIO) -> None:

@@ -7,8 +7,10 @@ kind of repeated event, and a redrawn line never mixes with another.
 
 from __future__ import annotations
 
+import io
 import logging
 import os
+import select
 import sys
 import threading
 import time
@@ -110,11 +112,21 @@ class _Lines(logging.Handler):
         try:
             text = self.format(record)
             before = "\r\x1b[K" if self._drawn else ""
+            if not _takes_more(self.stream):
+                return
             self.stream.write(before + text + ("" if redrawn else "\n"))
             self._drawn = redrawn
             self.stream.flush()
         except (OSError, ValueError):
             return  # stderr is gone: nobody is left to tell
+
+
+def _takes_more(stream: TextIO) -> bool:
+    """Whether a line can be written at once: a terminal may be held, and a pipe full that nobody reads."""
+    try:
+        return bool(select.select([], [stream.fileno()], [], 0)[1])
+    except io.UnsupportedOperation:
+        return True  # it is in memory
 
 
 class _Form(logging.Formatter):
