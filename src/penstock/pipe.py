@@ -14,6 +14,7 @@ import contextlib
 import os
 import queue
 import resource
+import select
 import socket
 import struct
 import sys
@@ -68,7 +69,7 @@ class EngineChannel:
 
     def __init__(self, sock: socket.socket, *, exit_grace: float | None = EXIT_GRACE) -> None:
         """`exit_grace`: seconds that a loop has to exit once the front is gone; None: no limit, for tests."""
-        sock.setblocking(True)
+        sock.setblocking(False)  # macOS knows no MSG_DONTWAIT for what is sent
         self._sock = sock
         self._exit_grace = exit_grace
         self._inbox: queue.SimpleQueue[wire.ToEngine | None] = queue.SimpleQueue()
@@ -110,7 +111,7 @@ class EngineChannel:
             taken = 0
             if not self._outgoing and not self._sending:
                 try:
-                    taken = self._sock.send(frame, socket.MSG_DONTWAIT)
+                    taken = self._sock.send(frame)
                 except (BlockingIOError, InterruptedError):
                     pass
                 except OSError:
@@ -130,7 +131,7 @@ class EngineChannel:
         # Read into one buffer: a fresh one of this size costs more than all the rest of a small read.
         buffer = memoryview(bytearray(CHUNK))
         try:
-            while size := self._sock.recv_into(buffer):
+            while _wait(self._sock, select.POLLIN) and (size := self._sock.recv_into(buffer)):
                 for body in frames.feed(buffer[:size]):
                     self._inbox.put(wire.decode_to_engine(body))
         except OSError:
@@ -151,9 +152,17 @@ class EngineChannel:
                 data, self._outgoing = self._outgoing, bytearray()
                 self._sending = len(data)
             with contextlib.suppress(OSError):
-                self._sock.sendall(data)
+                while data and _wait(self._sock, select.POLLOUT):
+                    del data[: self._sock.send(data)]
             with self._lock:
                 self._sending = 0
+
+
+def _wait(sock: socket.socket, event: int) -> bool:
+    """Until the socket is ready for it, or broken."""
+    poll = select.poll()
+    poll.register(sock, event)
+    return bool(poll.poll())
 
 
 def adopt(arguments: Sequence[str], exit_grace: float = EXIT_GRACE) -> tuple[EngineChannel, Page]:
