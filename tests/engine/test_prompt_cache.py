@@ -236,3 +236,26 @@ def test_states_kept_for_a_stop_string_give_way_and_are_in_the_books() -> None:
     assert engine.cache.evictable <= before - held
     engine.play()
     engine.close()
+
+
+def test_an_end_is_not_lost_where_the_cache_meets_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An error of a step in flight may come up while a stop string's path is brought in line."""
+    engine = make("qwen3_5")
+    asked = engine.submit(ids(40, 1), max_tokens=2_000, stops=True, sampling=SAMPLING)
+    while len(engine.answers[asked].tokens) < 30:
+        engine.turn()
+    extend, errors = engine.cache._extend, []
+
+    def fails_once(sequence: object) -> None:
+        if not errors:
+            errors.append(1)
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        extend(sequence)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(engine.cache, "_extend", fails_once)
+    engine.end(asked, keep=60)
+    engine.play(turns=20)
+    assert errors
+    assert engine.answers[asked].ended is not None
+    assert not engine.loop.sequences
+    engine.close()

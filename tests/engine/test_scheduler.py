@@ -248,7 +248,7 @@ def test_a_preempted_sequence_waits_for_a_departure() -> None:
 def test_a_chunk_shrinks_to_what_fits_and_no_further_than_the_floor() -> None:
     long = board(sequence(0, 60_000))
     room = Room(TRANSIENT.prefill(700, 0))
-    plan = schedule([long], FACTS, room)
+    plan = schedule([long], replace(FACTS, seconds_per_prefill_id=0.0001), room)
     assert isinstance(plan, Plan)
     assert plan.chunk == Chunk(long, 700, "memory")
     assert isinstance(schedule([long], FACTS, Room(TRANSIENT.prefill(CHUNK_FLOOR, 0) - 1)), GiveUp)
@@ -326,6 +326,7 @@ def test_chunks_are_short_while_streams_run_and_not_much_longer_without() -> Non
         ([long], 0.2 / 600, (900, "stall target")),
         ([long], 0.2 / 6000, (2048, "prefill_step_size")),
         ([long, stream], 1.0, (CHUNK_FLOOR, "stall target")),
+        ([long], None, (CHUNK_FLOOR, "stall target")),  # a slow device would hold everybody for minutes
     ]:
         plan = schedule(sequences, replace(facts, seconds_per_prefill_id=speed), PLENTY)
         assert isinstance(plan, Plan)

@@ -216,13 +216,13 @@ class Loop:
                 self._guarded(self._take, message)
             self.page.beat()
         for sequence, verdict in self.grammars.compiled():
-            self._end(sequence, **verdict)
+            self._guarded(self._end, sequence, **verdict)
         self.page.beat()
 
-    def _guarded(self, act: Callable[..., None], *message: wire.ToEngine) -> None:
+    def _guarded(self, act: Callable[..., None], *about: Any, **verdict: str) -> None:
         """A row that ends is copied: that may fail, and may meet what a step in flight has failed with."""
         try:
-            act(*message)
+            act(*about, **verdict)
         except FAILURES as error:
             self._recover(error)
 
@@ -231,11 +231,11 @@ class Loop:
             case wire.Submit():
                 self._submit(message)
             case wire.End():
-                sequence = self.sequences.get(message.id)
-                if sequence is not None:
-                    if sequence.stops:
+                if (sequence := self.sequences.get(message.id)) is not None:
+                    try:
                         self.cache.stopped(sequence, message.keep)
-                    self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
+                    finally:
+                        self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Budget():
                 self._set_budget(message.size)
             case wire.Release(cache):

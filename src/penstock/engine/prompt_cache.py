@@ -129,12 +129,14 @@ class PromptCache:
         """
         for s in rows:
             due = s.stops and s.launched % STRIDE == 0 and s.launched > s.prompt_length
-            if due and s.id in self._covers and self.tree.stateful and self._room(self.costs.fixed):
+            if due and s.id in self._covers and self.tree.stateful and self._room(self.costs.row(0)):
                 self._passed[s.id] = [*self._passed.get(s.id, []), self._snapshot(s, s.launched)][-PASSED:]
                 self._count()
 
     def stopped(self, sequence: Sequence, keep: int) -> None:
-        """A stop string has ended it: its first `keep` ids count, and the last of them are the string's."""
+        """It ends: its first `keep` ids count; where strings may end it, the last ones are the string's."""
+        if not sequence.stops:
+            return
         del sequence.tokens[max(keep, sequence.prompt_length) :]
         cover = self._lent(sequence)
         before = [t for t in self._passed.pop(sequence.id, []) if t.position <= len(sequence.tokens) - STOP]
@@ -261,7 +263,7 @@ class PromptCache:
 
     def _keep(self, sequence: Sequence, *, anchor: bool) -> None:
         cover = self._lent(sequence)
-        if cover is None or cover.length != sequence.computed or not self._room(self.costs.fixed):
+        if cover is None or cover.length != sequence.computed or not self._room(self.costs.row(0)):
             return
         self._publish(cover, self._snapshot(sequence, sequence.computed), anchor=anchor)
 

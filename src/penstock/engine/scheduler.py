@@ -280,11 +280,10 @@ def _chunk(prompts: list[Sequence], streams_run: bool, facts: Facts, free: int) 
         return None
     sequence = choose_prompt(prompts)
     length, why = facts.chunk_longest, "prefill_step_size"
-    if facts.seconds_per_prefill_id:
-        seconds = facts.stall_target * (1 if streams_run else LONE_CHUNK)
-        within = max(CHUNK_FLOOR, int(seconds / facts.seconds_per_prefill_id))
-        if within < length:
-            length, why = within, "stall target"
+    seconds = facts.stall_target * (1 if streams_run else LONE_CHUNK)
+    speed = facts.seconds_per_prefill_id or seconds / CHUNK_FLOOR  # unknown: it may be a slow device
+    if (within := max(CHUNK_FLOOR, int(seconds / speed))) < length:
+        length, why = within, "stall target"
     if sequence.prefill_left <= length:
         length, why = sequence.prefill_left, "end of prompt"
     if sequence.until_cut < length:
