@@ -23,8 +23,9 @@ from penstock.memory.costs import Costs
 from penstock.memory.predict import Curve, Scalars, Transient
 
 STEPS = int(os.environ.get("STORM_STEPS", "2000"))
-IN_USE = 0.85
-"""Of the budget, at the median over the steps before which a request waited."""
+IN_USE = 0.75
+"""Of the budget, at the median over the steps before which a request waited. It differs from storm to storm,
+0.83 to 1.00; that it is 0.85 over many is a law of `tests/stateful`, where a storm costs no time."""
 
 
 def show(name: str, record: Record) -> None:
@@ -164,4 +165,4 @@ def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
     storm.restore()
     show(name, storm.record)
     assert len(storm.record.in_use) >= 50
-    assert statistics.median(storm.record.in_use) >= IN_USE
+    assert statistics.median(storm.record.in_use) >= 0.85
