@@ -221,6 +221,15 @@ def test_tools_that_may_not_be_used_are_neither_rendered_nor_counted(server: Ser
     assert counted == len(server.backend.runs[-1].job.prompt)
 
 
+def test_half_a_character_in_a_call_is_a_question_mark(server: Server) -> None:
+    server.backend.script = say(CALL, r'{"name": "read", "arguments": {"path": "a\ud83d"}}', END_CALL)
+    (call,) = post(server, messages=USER, tools=TOOLS).json()["content"]
+    assert call["input"] == {"path": "a?"}
+    server.backend.script = say("ok")
+    turns = [*USER, {"role": "assistant", "content": [call]}]
+    assert post(server, messages=turns, tools=TOOLS).is_success
+
+
 def test_the_key_may_come_in_anthropics_header() -> None:
     with serving(say("ok"), options=Options(api_key=("secret",))) as server, server.client() as client:
         body = {"messages": USER}

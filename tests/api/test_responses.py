@@ -178,6 +178,19 @@ def test_a_tool_task_goes_on_where_the_answer_ended(
     assert "<|im_end|><|im_start|>tool\nBlue.<|im_end|>" in prompt(server)
 
 
+@pytest.mark.parametrize("path", ["/v1/responses", "/v1/chat/completions"])
+def test_half_a_character_in_a_call_does_not_end_the_task(server: Server, path: str) -> None:
+    server.backend.script = say(CALL, READ.replace('"a"', r'"a\ud83d"'), END_CALL)
+    user, chat = {"role": "user", "content": "go"}, path != "/v1/responses"
+    tool = {"type": "function", "function": {"name": "read"}} if chat else TOOLS[0]
+    name, body = ("messages" if chat else "input"), {"tools": [tool]}
+    with server.client() as client:
+        answer = client.post(path, json={name: [user], **body}).json()
+        said = [answer["choices"][0]["message"]] if chat else answer["output"]
+        assert client.post(path, json={name: [user, *said, user], **body}).is_success
+    assert '{"path": "a?"}' in prompt(server)
+
+
 def test_length_is_an_incomplete_response(server: Server, client: openai.OpenAI) -> None:
     server.backend.script = say("abcdef")
     answer = client.responses.create(model="m", input="hi", max_output_tokens=3)

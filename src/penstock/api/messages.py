@@ -6,6 +6,7 @@ open and close, one at a time. Invariant: a stream's blocks are numbered without
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import msgspec
@@ -111,7 +112,9 @@ class MessagesRenderer(Renderer):
         if said.content or not (content or said.tool_calls):
             content.append({"type": "text", "text": said.content})
         for call in said.tool_calls:
-            content.append({**_tool_use(call), "input": msgspec.json.decode(call.arguments)})
+            # What stands there as an escape may be a lone surrogate, which is no text.
+            text = json.dumps(json.loads(call.arguments), ensure_ascii=False).encode(errors="replace")
+            content.append({**_tool_use(call), "input": msgspec.json.decode(text)})
         return {**self._message, "content": content, **self._ended(), "usage": _usage(usage)}
 
     def _end_of(self, piece: Piece) -> None:

@@ -18,7 +18,6 @@ from typing import Any
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # one text a call: threads would only cost
 import tokenizers
 
-from penstock.errors import Kind, PenstockError
 from penstock.pieces import reading
 from penstock.text.errors import ModelFilesError
 
@@ -101,19 +100,11 @@ class Tokenizer:
         return cls(backend, config, frozenset(ids if own is None else ids | {own}))
 
     def encode(self, text: str, *, add_special_tokens: bool) -> array[int]:
-        """Ids of `text`, typecode 'I'. Releases the GIL while it works.
-
-        Raises PenstockError(INVALID_FIELD) for text that is no Unicode (lone surrogates).
-        """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise PenstockError(
-                Kind.INVALID_FIELD, f"The text holds a lone surrogate at character {error.start}."
-            ) from error
-        return array(
-            "I", self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
-        )
+        """Ids of `text`, typecode 'I', with `?` for lone surrogates. Releases the GIL while it works."""
+        # A body can't hold those, but escapes in the arguments of a call can: a model has written them.
+        text = text.encode(errors="replace").decode()
+        ids = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)[0].ids
+        return array("I", ids)
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of `ids`, incomplete characters as U+FFFD."""
