@@ -35,11 +35,13 @@ def test_arguments_become_mappings() -> None:
         return one(role="assistant", tool_calls=[call])["tool_calls"][0]["function"]["arguments"]
 
     assert arguments('{"a": 1}') == {"a": 1}
-    assert arguments("") == {}
+    for nothing in (None, "", "null", "{}", {}):
+        assert arguments(nothing) == {}
     assert arguments({"a": 1}) == {"a": 1}
-    assert arguments("[1") == "[1"
-    assert arguments("[1]") == "[1]"
+    for other in ('{"a": ', "[1", "[1]", "5"):
+        assert arguments(other) == {"arguments": other}
     assert one(role="assistant", tool_calls=["junk"])["tool_calls"] == ["junk"]
+    assert "tool_calls" not in one(role="assistant", tool_calls=[])
 
 
 @pytest.mark.parametrize(

@@ -274,6 +274,19 @@ def test_templates_without_a_system_role_or_with_strict_turns() -> None:
         render(chat_templates.GEMMA, [REPLY, USER])
 
 
+@pytest.mark.parametrize("source", [chat_templates.QWEN, chat_templates.LLAMA3, chat_templates.MISTRAL])
+def test_calls_as_clients_send_them_back(source: str) -> None:
+    """None at all, arguments of none, arguments that were cut."""
+    assert render(source, [USER, {**REPLY, "tool_calls": []}]) == render(source, [USER, REPLY])
+
+    def rendered(arguments: Any) -> str:
+        call = {"id": "abc123def", "function": {"name": "f", "arguments": arguments}}
+        return render(source, [USER, {**REPLY, "tool_calls": [call]}, RESULT])
+
+    assert rendered(None) == rendered("null") == rendered({})
+    assert "cut sh" in rendered('{"a": "cut sh')
+
+
 def test_a_longer_conversation_begins_with_the_shorter_one() -> None:
     for source in (chat_templates.QWEN, chat_templates.LLAMA3):
         template = ChatTemplate({"default": source}, TOKENS)

@@ -8,6 +8,7 @@ relabels turns where they stand, so a longer conversation still begins with the 
 from __future__ import annotations
 
 import json
+from contextlib import suppress
 from itertools import takewhile
 from typing import Any
 
@@ -36,8 +37,9 @@ def _normalised(message: Message, path: str) -> Message:
     reasoning = next((plain[key] for key in _REASONING_FIELDS if key in plain), None)
     if reasoning is not None:
         plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
-    if isinstance(plain.get("tool_calls"), list):
-        plain["tool_calls"] = [_call(call) for call in plain["tool_calls"]]
+    calls = plain.pop("tool_calls", None)
+    if calls and isinstance(calls, list):  # some templates take an empty list for a call
+        plain["tool_calls"] = [_call(call) for call in calls]
     return plain
 
 
@@ -60,15 +62,19 @@ def _text(content: Any, path: str) -> str:
 
 
 def _call(call: Any) -> Any:
-    """A tool call with its arguments as a mapping; what is no JSON object stays as it was sent."""
+    """A tool call with its arguments as a mapping, which templates iterate over.
+
+    What is no JSON object, such as arguments that were cut, becomes the one value of such a mapping.
+    """
     function = call.get("function") if isinstance(call, dict) else None
-    if not isinstance(function, dict) or not isinstance(function.get("arguments"), str):
+    if not isinstance(function, dict):
         return call
-    try:
-        arguments = json.loads(function["arguments"] or "{}")
-    except (ValueError, RecursionError):
-        return call
-    return {**call, "function": {**function, "arguments": arguments}} if isinstance(arguments, dict) else call
+    sent = arguments = function.get("arguments") or {}
+    if isinstance(sent, str):
+        with suppress(ValueError, RecursionError):
+            arguments = json.loads(sent) or {}
+    arguments = arguments if isinstance(arguments, dict) else {"arguments": sent}
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 def tag_late_systems(messages: list[Message]) -> list[Message]:
