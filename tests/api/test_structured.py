@@ -83,6 +83,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": form({"type": "foo"})}, "response_format.json_schema.schema"),
     ({"response_format": form({"pattern": "["})}, "response_format.json_schema.schema"),
     ({"response_format": form({"$ref": "file:///etc/passwd"})}, "response_format.json_schema.schema"),
+    ({"response_format": form({"$ref": "#"})}, "response_format.json_schema.schema"),
     ({"response_format": form({"not": {}}, strict=True)}, "response_format.json_schema.schema"),
     ({"response_format": form({"enum": ["x" * 300_000]})}, "response_format.json_schema.schema"),
     ({"response_format": form(FINE)}, "response_format.json_schema.schema"),

@@ -156,6 +156,7 @@ def test_a_thought_cannot_end_the_answer(tmp_path: Path) -> None:
         {"type": "foo"},
         {"pattern": "["},
         {"$ref": "http://127.0.0.1:9/x"},
+        {"$ref": "#"},
         {"multipleOf": 12345.6789},
         {"allOf": [{"multipleOf": 9973}, {"multipleOf": 9967}]},
         {"enum": ["x" * grammar.MAX_GRAMMAR]},

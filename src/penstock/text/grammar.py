@@ -46,9 +46,11 @@ _CHECK = """
 import json, llguidance, resource, sys
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 limits, grammar = llguidance.LLParserLimits(**json.loads(sys.argv[1])), sys.stdin.buffer.read().decode()
-failed, found = llguidance.LLMatcher.validate_grammar_with_warnings(grammar, limits=limits)
-sys.stdout.buffer.write((found[0] if failed else "").encode())
+matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), grammar, log_level=0, limits=limits)
+matcher.compute_bitmask()
+sys.stdout.buffer.write(matcher.get_error().encode())
 """
+"""A matcher of single bytes, since what no text fits compiles, and fails in the first mask."""
 _ENDS_ANSWER = ("harmony",)
 """Formats whose call is the answer's end, so there is one."""
 _PLACES = re.compile("%(name|arguments|index)%")
@@ -195,7 +197,8 @@ def _problem(grammar: str) -> str:
     command = [sys.executable, "-P", "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
     asked = grammar.encode(errors="replace")
     done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
-    return re.sub(r"^at \d+\(\d+\): ", "", done.stdout.decode().partition("\n")[0])[:300]
+    told = done.stdout.decode().partition("\n")[0].replace("NoExtensionBias", "no text fits it")
+    return re.sub(r"^at \d+\(\d+\): ", "", told)[:300]
 
 
 def invalid(param: str, message: str) -> PenstockError:
