@@ -81,7 +81,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": form(None)}, "response_format.json_schema.schema"),
     ({"response_format": form([])}, "response_format.json_schema.schema"),
     ({"response_format": form({"type": "foo"})}, "response_format.json_schema.schema"),
-    ({"response_format": form({"pattern": "["})}, "response_format.json_schema.schema"),
+    ({"response_format": form({"pattern": "["}, strict=True)}, "response_format.json_schema.schema"),
     ({"response_format": form({"$ref": "file:///etc/passwd"})}, "response_format.json_schema.schema"),
     ({"response_format": form({"$ref": "#"})}, "response_format.json_schema.schema"),
     ({"response_format": form({"not": {}}, strict=True)}, "response_format.json_schema.schema"),
@@ -114,7 +114,8 @@ def test_what_cannot_be_enforced_is_refused_by_name(
 
 
 def test_keywords_that_cannot_be_enforced_pass_where_nobody_is_strict(server: Server) -> None:
-    loose = {"type": "object", "properties": {"a": {"type": "integer", "foo": 1, "not": {"const": 3}}}}
+    number, text = {"type": "integer", "foo": 1, "not": {"const": 3}}, {"type": "string", "pattern": "^(?!x)"}
+    loose = {"type": "object", "properties": {"a": number, "b": text}}
     assert grammar(server, response_format=form(loose))
     assert grammar(server, tools=[{"function": {"name": "f", "parameters": loose}}], tool_choice="required")
 

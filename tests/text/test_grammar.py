@@ -169,6 +169,25 @@ def test_what_cannot_be_enforced_names_its_field(schema: dict[str, Any]) -> None
     assert (caught.value.kind, caught.value.param) == (Kind.INVALID_FIELD, "some.field")
 
 
+EMAIL = r"^(?!\.)(?!.*\.\.)([A-Za-z0-9_'+\-\.]*)[A-Za-z0-9_+-]@([A-Za-z0-9][A-Za-z0-9\-]*\.)+[A-Za-z]{2,}$"
+"""Zod's."""
+
+
+@pytest.mark.parametrize("regex", [EMAIL, r"\bx", "["])
+def test_a_regex_that_cannot_be_enforced_is_ignored_where_nobody_is_strict(regex: str) -> None:
+    text = {"type": "string", "pattern": regex}
+    told = {"properties": {"pattern": {"type": "integer"}, "a": {"anyOf": [text]}}, "required": ["pattern"]}
+    rule = grammar.json_rule(told, "x", strict=False)
+    assert json.loads(rule.removeprefix("%json ").replace("x-pattern", "pattern")).items() >= told.items()
+    assert rule.count("x-pattern") == 1
+    closed = {"patternProperties": {regex: {"type": "integer"}}, "additionalProperties": False, "minItems": 1}
+    rule = grammar.json_rule(closed, "x", strict=False)
+    assert set(json.loads(rule.removeprefix("%json "))) & set(closed) == {"minItems"}
+    with pytest.raises(PenstockError, match=r"not supported|unclosed") as caught:
+        grammar.json_rule(told, "x")
+    assert "\n" not in caught.value.message
+
+
 @pytest.mark.parametrize("strict", [True, False])
 def test_a_schema_that_ends_its_compiler_ends_nothing_else(strict: bool) -> None:
     """llguidance 1.9.1 dies of SIGSEGV at this one."""

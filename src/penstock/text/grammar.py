@@ -54,6 +54,11 @@ sys.stdout.buffer.write(matcher.get_error().encode())
 _ENDS_ANSWER = ("harmony",)
 """Formats whose call is the answer's end, so there is one."""
 _PLACES = re.compile("%(name|arguments|index)%")
+_IGNORED = (r'"(pattern": ")', r'"(patternProperties": {|additionalProperties": false)')
+"""In a schema's text, what is ignored for a regex that can't be enforced: patterns, then those of names.
+
+A `pattern` that is no string is a property.
+"""
 _REST = r"""
 SPACE: /[ \t\r\n]{1,16}/
 TEXT: /(.|\n)+/
@@ -72,7 +77,7 @@ class Function:
 def json_rule(schema: Any, param: str, *, strict: bool = True) -> str:
     """JSON of this schema, which came in field `param`, checked. Slow where it is large: for the pool.
 
-    Not strict: keywords that can't be enforced are ignored. Raises INVALID_FIELD.
+    Not strict: keywords that can't be enforced are ignored, all patterns for one. Raises INVALID_FIELD.
     """
     if math.prod(_multiples(schema)) > MOST_MULTIPLES:
         raise invalid(param, "multipleOf is too fine to be enforced.")
@@ -82,6 +87,10 @@ def json_rule(schema: Any, param: str, *, strict: bool = True) -> str:
         raise invalid(param, f"a schema of {len(rule):,} characters is more than {MAX_GRAMMAR:,}.")
     try:
         problem = _problem(f"start: {rule}")
+        for keywords in () if strict else _IGNORED:
+            if "regex" in problem:
+                rule = re.sub(keywords, r'"x-\1', rule)
+                problem = _problem(f"start: {rule}")
     except subprocess.SubprocessError:
         problem = "its compiler fails"
     if problem:
@@ -197,8 +206,8 @@ def _problem(grammar: str) -> str:
     command = [sys.executable, "-P", "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
     asked = grammar.encode(errors="replace")
     done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
-    told = done.stdout.decode().partition("\n")[0].replace("NoExtensionBias", "no text fits it")
-    return re.sub(r"^at \d+\(\d+\): ", "", told)[:300]
+    told = done.stdout.decode().partition("\n   1 | ")[0].replace("NoExtensionBias", "no text fits it")
+    return " ".join(re.sub(r"(?m)^(at \d+\(\d+\):| +[\^ ]+$|<non-verbose/>)", "", told).split())[:1000]
 
 
 def invalid(param: str, message: str) -> PenstockError:
