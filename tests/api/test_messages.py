@@ -174,6 +174,16 @@ def test_errors_have_anthropics_shape_and_words(server: Server, client: anthropi
     for choice in ({"type": "any"}, {"type": "tool"}, {"type": "tool", "name": "no"}, {"type": "x"}):
         forced = post(server, messages=USER, tools=TOOLS if "name" in choice else [], tool_choice=choice)
         assert (forced.status_code, "tool_choice" in forced.json()["error"]["message"]) == (400, True)
+    web, bad, kind = {"type": "web_search_20250305", "name": "web"}, {"type": "foo"}, {"type": "any"}
+    tools = [web, {"name": "f", "input_schema": bad}]
+    form = {"type": "json_schema", "schema": bad}
+    for path, body in {
+        "tools[1].input_schema": {"tools": tools, "tool_choice": kind},
+        "tool_choice.name": {"tools": tools, "tool_choice": {"type": "tool", "name": "no"}},
+        "output_config.format.schema": {"output_config": {"format": form}},
+    }.items():
+        refused = post(server, messages=USER, **body)
+        assert (refused.status_code, refused.json()["error"]["message"].split(":")[0]) == (400, path)
     missing = post(server, max_tokens=3)
     assert (missing.status_code, "messages" in missing.json()["error"]["message"]) == (400, True)
     server.backend.script = fail(Kind.BUSY, "busy, retry")

@@ -266,6 +266,11 @@ def test_an_image_that_a_tool_returns_does_not_end_the_session(server: Server) -
     assert "<|im_start|>tool\n[an image, which this model cannot see]<|im_end|>" in prompt(server)
 
 
+FORM = {"type": "json_schema", "name": "a", "schema": {"type": "foo"}}
+FORCED = {"tool_choice": "required"}
+BAD = {**TOOLS[0], "name": "bad", "parameters": {"type": "foo"}}
+
+
 @pytest.mark.parametrize(
     ("body", "param", "words"),
     [
@@ -291,8 +296,25 @@ def test_an_image_that_a_tool_returns_does_not_end_the_session(server: Server) -
         ({"max_output_tokens": 0}, "max_output_tokens", ""),
         ({"temperature": "hot"}, "temperature", ""),
         ({"tool_choice": {"type": "web_search"}, "tools": TOOLS}, "tool_choice.type", "web_search"),
-        ({"text": {"format": {"type": "grammar"}}}, "text.format", "grammar"),
-        ({"text": {"format": {"type": "json_schema", "name": "a b", "schema": {}}}}, "text.format", "name"),
+        ({"text": {"format": {"type": "grammar"}}}, "text.format.type", "grammar"),
+        ({"text": {"format": {**FORM, "name": "a b"}}}, "text.format.name", "text.format.name:"),
+        ({"text": {"format": FORM}}, "text.format.schema", "text.format.schema:"),
+        ({**FORCED, "tools": [{"type": "web"}, BAD]}, "tools[1].parameters", "tools[1].parameters:"),
+        (
+            {**FORCED, "tools": [{"type": "namespace", "name": "n", "tools": [*TOOLS, BAD]}]},
+            "tools[0].tools[1].parameters",
+            "tools[0].tools[1].parameters:",
+        ),
+        (
+            {"tools": [{"type": "namespace", "name": "n", "tools": [{"type": "function"}]}]},
+            "tools[0].tools[0].name",
+            "required",
+        ),
+        (
+            {"tools": TOOLS, "tool_choice": {"type": "function", "name": "x"}},
+            "tool_choice.name",
+            "tool_choice.name:",
+        ),
     ],
 )
 def test_what_cannot_be_done_is_refused_by_name(

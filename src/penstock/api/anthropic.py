@@ -189,11 +189,12 @@ def _text(block: Block, path: str) -> str:
 
 
 def _tools(tools: list[AnthropicTool]) -> list[Json] | None:
-    kept = []
+    """Those that run elsewhere keep their places: an error names a tool by its number."""
+    written: list[Json] = []
     for tool in tools:
-        if tool.type in (None, "custom"):
-            function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
-            if tool.description is not None:
-                function["description"] = tool.description
-            kept.append({"type": "function", "function": function})
-    return kept or None
+        function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
+        if tool.description is not None:
+            function["description"] = tool.description
+        ours = tool.type in (None, "custom")
+        written.append({"type": "function", "function": function} if ours else {"type": "elsewhere"})
+    return written or None

@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from penstock.api import anthropic, chat
+from penstock.api import anthropic, chat, params
 from penstock.api.anthropic import CountRequest, MessagesRequest
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Piece, Plan
@@ -25,6 +25,7 @@ from penstock.text.parts import TextParts
 from penstock.text.tools import ToolCall
 
 _REASONS = {"stop": "end_turn", "length": "max_tokens", "tool_calls": "tool_use"}
+_NAMES = {"response_format": "output_config.format", "function.parameters": "function.input_schema"}
 
 
 async def create(service: Service, exchange: Exchange) -> None:
@@ -34,7 +35,10 @@ async def create(service: Service, exchange: Exchange) -> None:
 
 async def prepare(service: Service, raw: dict[str, Any], request: MessagesRequest) -> Plan:
     """Everything up to the ids. Raises PenstockError for what can be refused."""
-    return await chat.prepare(service, *anthropic.as_chat(request))
+    try:
+        return await chat.prepare(service, *anthropic.as_chat(request))
+    except PenstockError as error:
+        raise params.flattened(error, _NAMES) from None
 
 
 async def count(service: Service, exchange: Exchange) -> None:

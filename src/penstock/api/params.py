@@ -44,6 +44,16 @@ def invalid(param: str, message: str) -> PenstockError:
     return PenstockError(Kind.INVALID_FIELD, f"{param}: {message}", param=param)
 
 
+def flattened(error: PenstockError, names: Mapping[str, str]) -> PenstockError:
+    """The error in the words of an API that is flat where chat is not; `names`: chat's → its own."""
+    param = said = error.param or ""
+    for theirs, ours in {**names, ".json_schema": "", ".function": ""}.items():
+        param = param.replace(theirs, ours)
+    error.message = error.message.replace(f"{said}:", f"{param}:", 1)
+    error.param = param or None
+    return error
+
+
 def refuse(request: Sampled) -> None:
     """Raise UNSUPPORTED_FIELD for what would change the answer and isn't done."""
     for param, (accepted, message) in UNSUPPORTED.items():

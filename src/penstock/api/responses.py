@@ -12,7 +12,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
-from penstock.api import chat, responses_request
+from penstock.api import chat, params, responses_request
 from penstock.api.exchange import Exchange
 from penstock.api.generation import Piece, Plan
 from penstock.api.renderer import Renderer, encode
@@ -44,10 +44,7 @@ async def prepare(service: Service, raw: Json, request: ResponsesRequest) -> Pla
         asked = await loop.run_in_executor(service.pool, convert, raw, request)
         plan = await chat.prepare(service, *asked, stream_calls=False)
     except PenstockError as error:
-        for theirs, ours in (("messages", "input"), ("response_format", "text.format")):
-            if error.param is not None and error.param.startswith(theirs):
-                error.param = ours
-        raise
+        raise params.flattened(error, responses_request.own_names(request)) from None
     echo = responses_request.echo(raw, request)
     return replace(plan, echo=echo, retained=plan.retained + len(encode(echo.fields)) * 4)
 

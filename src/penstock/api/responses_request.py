@@ -118,8 +118,15 @@ def echo(raw: Json, request: ResponsesRequest) -> Echo:
     fields = {key: usual if raw.get(key) is None else raw[key] for key, usual in _REPEATED.items()}
     fields |= {key: {**usual, **fields[key]} for key, usual in _FORMS.items()}
     known = _functions(request.tools or []).items()
-    names = {name: (space, tool.name or "") for name, (space, tool) in known if space}
+    names = {name: (space, tool.name or "") for name, (space, tool, _) in known if space}
     return Echo(fields, names, "reasoning.encrypted_content" in (request.include or []))
+
+
+def own_names(request: ResponsesRequest) -> dict[str, str]:
+    """Fields of the chat request as this one has them."""
+    functions = enumerate(_functions(request.tools or []).values())
+    tools = {f"tools[{at}].function": place for at, (_, _, place) in functions}
+    return {**tools, "messages": "input", "response_format": "text.format"}
 
 
 def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
@@ -133,7 +140,7 @@ def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
     chat: Json = {
         "messages": _messages(request),
         "max_tokens": request.max_output_tokens,
-        "tools": [_chat_tool(known, tool) for known, (_, tool) in functions] or None,
+        "tools": [_chat_tool(known, tool) for known, (_, tool, _) in functions] or None,
         "tool_choice": _choice(request.tool_choice),
         "response_format": _response_format(request.text),
         "chat_template_kwargs": {**_effort(request.reasoning), **(request.chat_template_kwargs or {})},
@@ -222,16 +229,17 @@ def _known(namespace: str | None, name: str) -> str:
     return f"{namespace}__{name}" if namespace else name
 
 
-def _functions(tools: list[ResponsesTool]) -> dict[str, tuple[str | None, ResponsesTool]]:
-    """The functions, those in namespaces too: as the model knows it → (namespace, the function)."""
+def _functions(tools: list[ResponsesTool]) -> dict[str, tuple[str | None, ResponsesTool, str]]:
+    """The functions, those in namespaces too: as the model knows it → (namespace, function, its field)."""
     found = {}
     for at, tool in enumerate(tools):
         space = tool.name if tool.type == "namespace" else None
-        for one in (tool.tools or []) if space else [tool]:
+        for number, one in enumerate((tool.tools or []) if space else [tool]):
+            place = f"tools[{at}]" + (f".tools[{number}]" if space else "")
             if one.type == "function":
                 if one.name is None:
-                    raise invalid(f"tools[{at}].name", "this field is required.")
-                found[_known(space, one.name)] = space, one
+                    raise invalid(f"{place}.name", "this field is required.")
+                found[_known(space, one.name)] = space, one, place
     return found
 
 
