@@ -145,6 +145,68 @@ def test_a_request_in_progress_has_no_deadline() -> None:
             time.sleep(0.5)
 
 
+def offering(path: bytes, body: bytes, last: bool = False) -> bytes:
+    """A request as a client sends it that would rather speak HTTP/2."""
+    kept = b"close, " if last else b""
+    offer = b"Connection: %bUpgrade, HTTP2-Settings\r\nupgrade: h2c\r\nHTTP2-Settings: AAQAAP__\r\n" % kept
+    head = HEAD.replace(b"/v1/chat/completions", path) + offer
+    return head + b"Content-Length: %d\r\n\r\n" % len(body) + body
+
+
+def test_an_offer_of_another_protocol_is_ignored_wherever_it_is_cut() -> None:
+    text = b"Connection: Upgrade\r\nUpgrade: h2c\r\n\r\nGET / HTTP/1.1\r\n\r\n"
+    body = json.dumps({"content": text.decode()}).encode()
+    data = offering(b"/tokenize", body, last=True)
+    with serving() as server:
+        for cut in range(1, len(data), 7):
+            sock = connect(server)
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            sock.send(data[:cut])
+            time.sleep(0.002)
+            sock.send(data[cut:])
+            answer = rest(sock)
+            assert answer.startswith(b"HTTP/1.1 200 "), cut
+            assert b'"count":%d,' % len(text) in answer
+            assert answer.count(b"HTTP/1.1 ") == 1
+
+
+def test_requests_that_offer_another_protocol_share_a_connection() -> None:
+    chunked = HEAD.replace(b"/v1/chat/completions", b"/tokenize")
+    chunked += b"Connection: upgrade\r\nUpgrade: websocket\r\nTransfer-Encoding: chunked\r\n\r\n"
+    chunked += b'5\r\n{"pro\r\nc\r\nmpt": "abc"}\r\n0\r\n\r\n'
+    texts = [b"a" * count for count in range(1, 30)]
+    requests = [offering(b"/tokenize", b'{"content": "%b"}' % text) for text in texts]
+    plain = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with serving() as server:
+        sock = connect(server)
+        sock.send(plain.join([*requests, chunked, offering(b"/tokenize", b'{"content": ""}', last=True)]))
+        answer = rest(sock)
+    assert answer.count(b"HTTP/1.1 200 ") == answer.count(b"HTTP/1.1 ") == 2 * len(texts) + 3
+    counts = [int(part.split(b",")[0]) for part in answer.split(b'"count":')[1:]]
+    assert counts == [*map(len, texts), 3, 0]
+
+
+def test_an_offer_of_another_protocol_does_not_loosen_the_bounds() -> None:
+    body = b" " * 10_000
+    data = offering(b"/tokenize", body)
+    with serving(bounds=QUICK) as server:
+        sock = connect(server)
+        trickle(sock, data[:-10_000])
+        assert rest(sock).startswith(b"HTTP/1.1 408 ")
+        sock = connect(server)
+        sock.send(data[:-10_000])
+        trickle(sock, body[:50])
+        assert b"too slowly" in rest(sock)
+        sock = connect(server)
+        sock.send(data[: data.index(b"Content-Length")])
+        sock.send(b"X-A: " + b"a" * 70_000)
+        assert rest(sock).startswith(b"HTTP/1.1 431 ")
+        sock = connect(server)
+        sock.send(b"CONNECT a:80 HTTP/1.1\r\nConnection: upgrade\r\nUpgrade: h2c\r\n\r\n")
+        assert sock.recv(100).startswith(b"HTTP/1.1 4")
+        sock.close()
+
+
 def test_the_longest_idle_connection_makes_room() -> None:
     with serving(bounds=Bounds(connections=20)) as server:
         idle = [connect(server) for _ in range(30)]

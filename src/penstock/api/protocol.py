@@ -2,8 +2,9 @@
 
 Owns one timer per connection: until the headers are there, then the body's pace, then what still arrives of a
 body that was refused. Refuses headers that are late or large, bodies that trickle, and connections beyond a
-number, of which the longest idle one goes first. Answers itself only where no handler runs yet or one waits
-for the body. Invariant: between requests and while one arrives, a timer is running.
+number, of which the longest idle one goes first. Ignores offers of other protocols. Answers itself only where
+no handler runs yet or one waits for the body. Invariant: between requests and while one arrives, a timer is
+running.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import resource
+import sys
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -98,8 +100,12 @@ class BoundedProtocol(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if self.transport.is_closing():
             return
-        before = self._messages
+        before, self._unread = self._messages, data
         super().data_received(data)
+        while data is not self._unread:  # an offer of another protocol was taken out of it
+            data = self._unread
+            super().data_received(data)
+        self._unread = b""
         if self._in_head and self._messages == before:
             self._head += len(data)
             if self._head > self._bounds.head_size:
@@ -107,6 +113,19 @@ class BoundedProtocol(HttpToolsProtocol):
                 self._refuse(Kind.HEADERS_TOO_LARGE, f"Headers are limited to {most:,} bytes.")
             elif self._timer is None:
                 self._wait_for_head()
+
+    def _should_upgrade(self) -> bool:
+        return any(name == b"upgrade" for name, _ in self.headers)
+
+    def handle_websocket_upgrade(self) -> None:
+        """Ignore an offer of any other protocol: a parser leaves out the body of a head that has one."""
+        end = sys.exception().args[0]  # type: ignore[union-attr]  # of the head, in what was read last
+        kept = (b"%b: %b\r\n" % header for header in self.headers if header[0] != b"upgrade")
+        method, version = self.scope["method"].encode(), self.scope["http_version"].encode()
+        head = b"%b %b HTTP/%b\r\n%b\r\n" % (method, self.url, version, b"".join(kept))
+        self._unread = head + self._unread[end:]
+        self.parser = type(self.parser)(self)  # the old one takes in nothing more after 'Connection: close'
+        self.parser.set_dangerous_leniencies(lenient_data_after_close=True)
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
