@@ -68,6 +68,19 @@ def test_the_first_signal_admits_nothing_more_and_the_second_ends_at_once(
         assert not alive(engine), "no engine is left"
 
 
+@pytest.mark.parametrize("source", [[{"name": "default"}], [{"name": "default", "template": 5}]])
+def test_files_that_cannot_be_read_are_told_and_end_the_server(tmp_path: Path, source: object) -> None:
+    model = write_client_model(tmp_path / "model")
+    (model / "tokenizer_config.json").write_text(json.dumps({"chat_template": source}))
+    server = ScriptedServer(model, tmp_path)
+    try:
+        assert server.process.wait(30) == 2
+    finally:
+        server.stop()
+    assert " can't be read: " in server.log().splitlines()[-1]
+    assert "Traceback" not in server.log()
+
+
 def test_an_engine_that_nobody_needs_ends_and_the_next_request_waits_for_it(
     model: Path, tmp_path: Path
 ) -> None:

@@ -120,15 +120,18 @@ class _Front:
         try:
             path = await asyncio.to_thread(_resolve, self.options)
             text = await asyncio.to_thread(_text, path, self.options)
-        except (models.ModelProblem, ModelFilesError) as problem:
-            log.logger.error(str(problem))
+            engine_options = _engine_options(path, text, self.options)
+        except Exception as problem:  # a model's files may hold anything
+            known = isinstance(problem, (models.ModelProblem, ModelFilesError))
+            why = f"The model's files can't be read: {type(problem).__name__}: {problem}"
+            log.logger.error(str(problem) if known else why)
             self.exit_code = getattr(problem, "exit_code", EXIT_USER)
             server.should_exit = True
             return
         self.service.set_text(text)
         gc.collect()
         gc.freeze()  # the tokenizer's tables live as long as the process
-        self.backend.start(_engine_options(path, text, self.options))
+        self.backend.start(engine_options)
         try:
             ready = await self.backend.wait_ready()
         except PenstockError:

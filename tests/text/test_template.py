@@ -206,6 +206,17 @@ def test_a_template_that_does_not_parse_is_a_fault_of_the_files(tmp_path: Path) 
         load(tmp_path, override="{% if %}")
 
 
+def test_a_template_that_cannot_be_read_is_a_fault_of_the_files(tmp_path: Path) -> None:
+    config = tmp_path / "tokenizer_config.json"
+    for named in ([{"name": "default"}], ["default"], [{"template": "x"}]):
+        config.write_text(json.dumps({"chat_template": named}))
+        with pytest.raises(ModelFilesError, match="can't be read"):
+            load(tmp_path)
+    (tmp_path / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(ModelFilesError, match=r"can't be read.*0xff"):
+        load(tmp_path)
+
+
 def test_a_template_that_is_a_program_is_refused(tmp_path: Path) -> None:
     (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template_type": "deepseek_v32"}))
     with pytest.raises(ModelFilesError, match="--chat-template"):

@@ -75,7 +75,11 @@ class ChatTemplate:
         """
         config = read_json(model_dir / "tokenizer_config.json")
         tokens = special_tokens(read_json(model_dir / "special_tokens_map.json") | config)
-        sources = {"default": _override(override)} if override else _model_sources(model_dir, config)
+        try:
+            sources = {"default": _override(override)} if override else _model_sources(model_dir, config)
+        except (OSError, UnicodeDecodeError, LookupError, TypeError) as error:
+            why = f"{type(error).__name__}: {error}"
+            raise ModelFilesError(f"The model's chat template can't be read: {why}") from error
         if not sources and config.get("chat_template_type"):
             raise ModelFilesError(
                 f"The model's chat template is a program ({config['chat_template_type']}), not a template; "
