@@ -118,6 +118,18 @@ def test_what_clients_change_without_meaning_does_not_change_the_prompt(server: 
     assert first == second
 
 
+def test_of_a_system_prompt_the_billing_line_alone_is_left_out(server: Server) -> None:
+    server.backend.script = say("ok")
+    line = "x-anthropic-billing-header: cc_version=2.1.197.abc;"
+    told = f"Be kind.\n{line}"
+    for system in (f"{line}\n{told}", [{"type": "text", "text": f"{line}\n{line}\n{told}"}]):
+        assert post(server, messages=USER, system=system).is_success
+        assert f"<|im_start|>system\n{told}<|im_end|>" in prompt(server)
+    for system in (line, f"{line}\n"):
+        assert post(server, messages=USER, system=system).is_success
+        assert "system" not in prompt(server)
+
+
 def test_a_tool_task_becomes_the_turns_that_templates_know(server: Server) -> None:
     server.backend.script = say("ok")
     talk = [

@@ -133,7 +133,7 @@ def _system(content: Content | None) -> list[Json]:
     blocks = [Block("text", content)] if isinstance(content, str) else content
     texts = [_text(block, f"system[{at}]") for at, block in enumerate(blocks)]
     while texts and texts[0].startswith(BILLING):
-        texts.pop(0)
+        texts[:1] = filter(None, texts[0].split("\n", 1)[1:])
     return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
