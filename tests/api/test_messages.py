@@ -130,6 +130,9 @@ def test_of_a_system_prompt_the_billing_line_alone_is_left_out(server: Server) -
         assert "system" not in prompt(server)
 
 
+NAMELESS = {"type": "mcp_toolset", "mcp_server_name": "x"}
+
+
 def test_a_tool_task_becomes_the_turns_that_templates_know(server: Server) -> None:
     server.backend.script = say("ok")
     talk = [
@@ -152,7 +155,7 @@ def test_a_tool_task_becomes_the_turns_that_templates_know(server: Server) -> No
         },
     ]
     assert post(
-        server, messages=talk, tools=[*TOOLS, {"type": "web_search_20250305", "name": "web"}]
+        server, messages=talk, tools=[*TOOLS, {"type": "web_search_20250305", "name": "web"}, NAMELESS]
     ).is_success
     text = prompt(server)
     assert text.index("go") < text.index("skills: none") < text.index("I read.")
@@ -196,6 +199,8 @@ def test_errors_have_anthropics_shape_and_words(server: Server, client: anthropi
     }.items():
         refused = post(server, messages=USER, **body)
         assert (refused.status_code, refused.json()["error"]["message"].split(":")[0]) == (400, path)
+    nameless = post(server, messages=USER, tools=[NAMELESS, {"type": "custom"}])
+    assert (nameless.status_code, "tools[1].name" in nameless.json()["error"]["message"]) == (400, True)
     missing = post(server, max_tokens=3)
     assert (missing.status_code, "messages" in missing.json()["error"]["message"]) == (400, True)
     server.backend.script = fail(Kind.BUSY, "busy, retry")

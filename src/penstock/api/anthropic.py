@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
+from penstock.api.params import invalid
 from penstock.api.schema import MAX_STOPS, UNSEEN, Asked, ChatRequest, Share, Some, Stop
 from penstock.errors import Kind, PenstockError
 
@@ -45,9 +46,9 @@ class Turn(Struct):
 
 
 class AnthropicTool(Struct):
-    """Tools of other types than `custom` run at the vendor's; they are left out of the prompt."""
+    """Tools of other types than `custom` run at the vendor's, not all have a name; they are left out."""
 
-    name: Annotated[str, Meta(min_length=1, max_length=256)]
+    name: Annotated[str, Meta(min_length=1, max_length=256)] | None = None
     type: str | None = None
     description: str | None = None
     input_schema: Json | None = None
@@ -118,8 +119,7 @@ def as_chat(request: CountRequest) -> tuple[Json, ChatRequest]:
 
 def _choice(choice: ToolChoice) -> Json:
     if choice.type == "tool" and choice.name is None:
-        message = "tool_choice.name: this field is required."
-        raise PenstockError(Kind.INVALID_FIELD, message, param="tool_choice.name")
+        raise invalid("tool_choice.name", "this field is required.")
     named = {"type": "function", "function": {"name": choice.name}}
     return {
         "tool_choice": _CHOICES.get(choice.type, named),
@@ -159,7 +159,7 @@ def _add(message: Json, block: Block, where: str) -> None:
         message["reasoning_content"] = message.get("reasoning_content", "") + (block.thinking or "")
     elif block.type == "tool_use":
         if not block.name:
-            raise PenstockError(Kind.INVALID_FIELD, f"{where}.name: this field is required.", param=where)
+            raise invalid(f"{where}.name", "this field is required.")
         function = {"name": block.name, "arguments": block.input or {}}
         call = {"id": block.id, "type": "function", "function": function}
         message.setdefault("tool_calls", []).append(call)
@@ -184,17 +184,19 @@ def _text(block: Block, path: str) -> str:
         )
         raise PenstockError(Kind.UNSUPPORTED_FIELD, message, param=f"{path}.type")
     if block.text is None:
-        raise PenstockError(Kind.INVALID_FIELD, f"{path}.text: this field is required.", param=path)
+        raise invalid(f"{path}.text", "this field is required.")
     return block.text
 
 
 def _tools(tools: list[AnthropicTool]) -> list[Json] | None:
     """Those that run elsewhere keep their places: an error names a tool by its number."""
     written: list[Json] = []
-    for tool in tools:
+    for at, tool in enumerate(tools):
+        ours = tool.type in (None, "custom")
+        if ours and tool.name is None:
+            raise invalid(f"tools[{at}].name", "this field is required.")
         function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
         if tool.description is not None:
             function["description"] = tool.description
-        ours = tool.type in (None, "custom")
         written.append({"type": "function", "function": function} if ours else {"type": "elsewhere"})
     return written or None
