@@ -86,6 +86,16 @@ def test_stream_of_thinking_text_and_a_call(server: Server, client: anthropic.An
     assert whole.content[2].input == {"path": "a"}  # type: ignore[union-attr]
 
 
+def test_an_empty_answer_is_an_empty_text(server: Server, client: anthropic.Anthropic) -> None:
+    server.backend.script = say("")
+    with client.messages.stream(model="m", max_tokens=9, messages=USER) as stream:
+        kinds = [event.type for event in stream if event.type.startswith("content_block")]
+        assert stream.get_final_text() == ""
+    assert kinds == ["content_block_start", "content_block_delta", "content_block_stop"]
+    whole = client.messages.create(model="m", max_tokens=9, messages=USER)
+    assert [(block.type, block.text) for block in whole.content] == [("text", "")]  # type: ignore[union-attr]
+
+
 def test_stop_sequences_and_length(server: Server, client: anthropic.Anthropic) -> None:
     server.backend.script = say("one STOP two")
     stopped = client.messages.create(model="m", max_tokens=50, messages=USER, stop_sequences=["x", "STOP"])

@@ -94,9 +94,10 @@ class MessagesRenderer(Renderer):
         return data
 
     def ending(self, usage: dict[str, Any]) -> bytes:
-        """The last block's end, why the answer ended, and what it took."""
+        """The last block's end, an empty text's where nothing was said; why it ended, and what it took."""
+        empty = self._say("text", "") if self._at < 0 else b""
         told = _event("message_delta", delta=self._ended(), usage=_usage(usage))
-        return self._close() + told + _event("message_stop")
+        return empty + self._close() + told + _event("message_stop")
 
     def failure(self, error: PenstockError) -> bytes:
         """An error event."""
