@@ -7,7 +7,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.support.fake_backend import BOS_ID, EOS_ID, Server, fail, say, serving, text_parts
+from tests.support.fake_backend import BOS_ID, EOS_ID, Run, Server, fail, say, serving, text_parts
 
 from penstock.errors import Kind
 
@@ -83,6 +83,17 @@ def test_logprobs_in_the_completions_shape() -> None:
     assert zero["top_logprobs"][0] == {}
     assert flag["top_logprobs"][0] == {"a": -0.5}
     assert none is None
+
+
+def test_of_pieces_that_read_alike_the_likeliest_stays() -> None:
+    async def script(run: Run) -> None:
+        run.ticket.put_tokens(0, [0xC3], [-0.1], [[(0xC3, -0.1), (ord("a"), -2.0), (0xE2, -9.0)]])
+        run.ended[0] = None
+        run.ticket.put_finished(0, "stop", 1)
+
+    with serving(script) as server:
+        told = complete(server, "x", logprobs=3).json()["choices"][0]["logprobs"]
+    assert told["top_logprobs"] == [{"\ufffd": -0.1, "a": -2.0}]
 
 
 def test_stream_failure_of_one_prompt_is_an_error_event() -> None:

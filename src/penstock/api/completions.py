@@ -111,6 +111,7 @@ class CompletionRenderer(OpenAIRenderer):
         return {
             "tokens": [entry.token for entry in entries],
             "token_logprobs": [entry.logprob for entry in entries],
-            "top_logprobs": [{top.token: top.logprob for top in entry.top_logprobs} for entry in entries],
+            # parts of characters read alike: the likeliest, which comes first, is to stay
+            "top_logprobs": [{top.token: top.logprob for top in one.top_logprobs[::-1]} for one in entries],
             "text_offset": offsets,
         }
