@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import socket
 from typing import Any
@@ -163,6 +164,11 @@ def test_what_asks_for_nothing_more_is_taken() -> None:
     params.refuse(decode(f"{{{MESSAGES},{fields}}}".encode(), ChatRequest)[1])
 
 
+def test_a_byte_order_mark_is_passed_over() -> None:
+    marked = b"\xef\xbb\xbf{%b}" % MESSAGES.encode()
+    assert decode(marked, ChatRequest) == decode(marked[3:], ChatRequest)
+
+
 @given(st.binary(max_size=200))
 def test_any_bytes(body: bytes) -> None:
     refusal(body)
@@ -230,6 +236,11 @@ def test_limits_on_the_wire_and_the_next_request_works() -> None:
         assert b" 413 " in _raw(server, f"{json_type}Content-Length: {MAX_BODY + 1}")[:20]
         assert b" 415 " in _raw(server, "Content-Type: text/plain\r\nContent-Length: 2", b"{}")[:20]
         assert b" 415 " in _raw(server, "Content-Length: 2", b"{}")[:20]
+        plain, packed = b'{"prompt":"x"}', gzip.compress(b'{"prompt":"x"}')
+        encoded = _raw(server, f"{json_type}Content-Encoding: gzip\r\nContent-Length: {len(packed)}", packed)
+        assert (b" 415 " in encoded[:20], b"Content-Encoding" in encoded) == (True, True)
+        encoded = _raw(server, f"{json_type}Content-Encoding: Identity\r\nContent-Length: 14", plain)
+        assert b" 200 " in encoded[:20]
         assert b" 431 " in _raw(server, f"X: {'x' * 40_000}\r\nContent-Length: 2", b"{}")[:20]
         assert _raw(server, f"{json_type}Content-Length: 100", b'{"prompt":', shut=True) == b""
         chunks = b'5\r\n{"pro\r\nc\r\nmpt": "hi"} \r\n0\r\n\r\n'

@@ -1,7 +1,8 @@
 """Request bodies: reading them within limits, decoding them, and naming the field that is at fault.
 
-Refuses: other media types than JSON, bodies over the cap, bodies that don't arrive in time, JSON nested
-deeper than MAX_DEPTH. Whatever bytes come in, the outcome is a request struct or a PenstockError.
+Refuses: other media types than JSON, compressed bodies, bodies over the cap, bodies that don't arrive in
+time, JSON nested deeper than MAX_DEPTH. Whatever bytes come in, the outcome is a request struct or a
+PenstockError.
 """
 
 from __future__ import annotations
@@ -44,6 +45,8 @@ async def read_request(
     media = exchange.header(b"content-type").split(b";")[0].strip().lower()
     if media != b"application/json":
         raise PenstockError(Kind.MEDIA_TYPE, "Send the request with 'Content-Type: application/json'.")
+    if exchange.header(b"content-encoding").strip().lower() not in (b"", b"identity"):
+        raise PenstockError(Kind.MEDIA_TYPE, "The body is read as it is: send it without 'Content-Encoding'.")
     try:
         async with asyncio.timeout(seconds):
             body = await _read(exchange, lease)
@@ -75,6 +78,7 @@ async def _read(exchange: Exchange, lease: Lease) -> bytes:
 
 def decode(body: bytes, kind: type[Request]) -> tuple[dict[str, Any], Request]:
     """Pure: bytes to (plain objects with unknown fields kept, checked struct)."""
+    body = body.removeprefix("\ufeff".encode())  # a byte order mark
     try:
         raw = msgspec.json.decode(body)
         request = msgspec.convert(raw, kind)
