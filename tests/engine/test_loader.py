@@ -97,6 +97,7 @@ def test_a_window_counts_apart() -> None:
             {7, 8, 9, 10},
         ),
         ({"eos_token_id": None}, {}, set()),
+        ({"eos_token_id": [7, True]}, {"eos_token_id": False}, {7}),
         ({}, {"eos_token_id": 3}, {3}),
     ],
 )

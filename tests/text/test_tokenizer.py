@@ -22,6 +22,8 @@ def test_reads_the_ids_that_end_an_answer_from_all_files(tmp_path: Path) -> None
         tmp_path, tiny.byte_level(), {"eos_token": "<|im_end|>"}, generation_config={"eos_token_id": [3, 5]}
     )
     assert Tokenizer.load(folder).eos_ids == {im_end, 3, 5}, "generation_config.json stands above config.json"
+    tiny.write_model(tmp_path, tiny.byte_level(), generation_config={"eos_token_id": [3, True]})
+    assert Tokenizer.load(folder).eos_ids == {3}, "true is no id"
 
 
 def test_says_in_one_sentence_what_is_wrong_with_the_files(tmp_path: Path) -> None:

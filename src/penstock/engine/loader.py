@@ -159,7 +159,7 @@ def _eos_ids(configs: Iterable[Mapping[str, Any]]) -> frozenset[int]:
     ids: set[int] = set()
     for config in configs:
         named = config.get("eos_token_id")
-        ids.update(x for x in (named if isinstance(named, list) else [named]) if isinstance(x, int))
+        ids.update(x for x in (named if isinstance(named, list) else [named]) if type(x) is int)
     return frozenset(ids)
 
 

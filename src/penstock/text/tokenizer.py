@@ -95,7 +95,7 @@ class Tokenizer:
         eos = read_json(model_dir / "generation_config.json").get("eos_token_id")
         if eos is None:
             eos = read_json(model_dir / "config.json").get("eos_token_id")
-        ids = {id for id in (eos if isinstance(eos, list) else [eos]) if isinstance(id, int)}
+        ids = {id for id in (eos if isinstance(eos, list) else [eos]) if type(id) is int}
         own = backend.token_to_id(special_tokens(config).get("eos_token", ""))
         return cls(backend, config, frozenset(ids if own is None else ids | {own}))
 
