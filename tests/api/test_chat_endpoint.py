@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import httpx
@@ -11,6 +12,7 @@ from tests.support.fake_backend import EOS_ID, Server, fail, say, serving, text_
 
 from penstock.config import Options
 from penstock.errors import Kind
+from penstock.text.template import ChatTemplate
 
 CHAT = "/v1/chat/completions"
 TOOL = {"type": "function", "function": {"name": "read", "parameters": {"type": "object"}}}
@@ -108,6 +110,28 @@ def test_a_template_that_opens_the_reasoning() -> None:
     with serving(say("why", END_THINK, "because")) as server:
         message = ask(server, chat_template_kwargs={"thinking": True}).json()["choices"][0]["message"]
     assert (message["reasoning_content"], message["content"]) == ("why", "because")
+
+
+@pytest.mark.parametrize(
+    ("fields", "told"),
+    [
+        ({}, "-"),
+        ({"reasoning_effort": "high"}, "high-"),
+        ({"reasoning_effort": "none"}, "-False"),
+        ({"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "low"}}, "low-"),
+        ({"reasoning_effort": "none", "chat_template_kwargs": {"enable_thinking": True}}, "-True"),
+    ],
+)
+def test_effort_reaches_the_template(fields: dict[str, Any], told: str) -> None:
+    template = ChatTemplate({"default": "{{ reasoning_effort }}-{{ enable_thinking }}"})
+    with serving(say("ok"), text=replace(text_parts(), template=template)) as server:
+        assert ask(server, **fields).is_success
+        with server.client() as client:
+            body = {"messages": [{"role": "user", "content": "hi"}], **fields}
+            tokens = client.post("/tokenize", json=body).json()["tokens"]
+        prompt = list(server.backend.runs[0].job.prompt)
+        assert ask(server, reasoning_effort=1).json()["error"]["param"] == "reasoning_effort"
+    assert prompt == tokens == list(told.encode())
 
 
 def test_tool_calls_whole_and_streamed() -> None:

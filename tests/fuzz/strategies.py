@@ -73,7 +73,7 @@ REQUESTS: dict[str, list[dict[str, Any]]] = {
     "/v1/chat/completions": [
         {"messages": _TALK, "tools": [{"type": "function", "function": _FUNCTION}], **_SAMPLING},
         {"messages": _TALK[1:2], "stream": True, "stream_options": {"include_usage": True}, "logprobs": True,
-         "top_logprobs": 2, "return_progress": True, "tool_choice": "auto"},
+         "top_logprobs": 2, "return_progress": True, "tool_choice": "auto", "reasoning_effort": "low"},
         {"messages": _TALK[1:2], "response_format": {"type": "json_schema", "json_schema": {
             "name": "s", "strict": True, "schema": _FUNCTION["parameters"]}}},
     ],

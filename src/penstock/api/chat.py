@@ -111,8 +111,17 @@ def prompt_ids(
 
 
 def _render(text: TextParts, messages: list[Any], tools: list[Any] | None, request: ChatRequest) -> str:
-    kwargs, roles = request.chat_template_kwargs, request.role_mapping
+    kwargs, roles = template_kwargs(request), request.role_mapping
     return text.template.render(messages, tools, kwargs=kwargs, role_mapping=roles)
+
+
+def template_kwargs(request: ChatRequest) -> dict[str, Any]:
+    """What the template may know: whether to think, or how much, and what the request sets by name."""
+    effort = request.reasoning_effort
+    told: dict[str, Any] = {} if effort is None else {"reasoning_effort": effort}
+    if effort == "none":
+        told = {"enable_thinking": False}
+    return told | (request.chat_template_kwargs or {})
 
 
 class ChatRenderer(OpenAIRenderer):

@@ -143,9 +143,9 @@ def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
         "tools": [_chat_tool(known, tool) for known, (_, tool, _) in functions] or None,
         "tool_choice": _choice(request.tool_choice),
         "response_format": _response_format(request.text),
-        "chat_template_kwargs": {**_effort(request.reasoning), **(request.chat_template_kwargs or {})},
+        "reasoning_effort": request.reasoning and request.reasoning.effort,
     }
-    for name in ("stream", "temperature", "top_p", "parallel_tool_calls"):
+    for name in ("stream", "temperature", "top_p", "parallel_tool_calls", "chat_template_kwargs"):
         chat[name] = getattr(request, name)
     try:
         return chat, msgspec.convert(chat, ChatRequest)
@@ -263,14 +263,6 @@ def _response_format(text: Json | None) -> Any:
     if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     return {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
-
-
-def _effort(reasoning: Reasoning | None) -> Json:
-    """What templates may know: whether to think, or how much."""
-    effort = reasoning.effort if reasoning else None
-    if effort is None:
-        return {}
-    return {"enable_thinking": False} if effort == "none" else {"reasoning_effort": effort}
 
 
 def _unsupported(param: str, why: str) -> PenstockError:

@@ -144,6 +144,7 @@ class ChatRequest(Sampled, kw_only=True):
     tool_choice: Literal["none", "auto", "required"] | NamedChoice | None = None
     parallel_tool_calls: bool | None = None
     logprobs: bool | None = None
+    reasoning_effort: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     role_mapping: dict[str, str] | None = None
     functions: Any = None

@@ -80,7 +80,7 @@ def _tokenized(service: Service, text: TextParts, raw: Json, request: TokenizeRe
         raise params.invalid("content", "give one of content, prompt and messages.")
     if given == ["messages"]:
         open_turn, template = request.add_generation_prompt is not False, text.template
-        fields = (open_turn, request.chat_template_kwargs, request.role_mapping)
+        fields = (open_turn, chat.template_kwargs(request), request.role_mapping)
         prompt = template.render(raw["messages"], chat.function_tools(raw, request), *fields)
         ids = text.tokenizer.encode(prompt, add_special_tokens=template.adds_special_tokens)
     elif request.content is not None:
