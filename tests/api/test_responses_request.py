@@ -163,6 +163,9 @@ ITEMS = st.lists(
             {"type": "function_call_output", "call_id": "1", "output": "g"},
             {"type": "function_call_output", "call_id": "1", "output": [{"type": "input_text", "text": "h"}]},
             {"type": "web_search_call", "id": "ws_1", "status": "completed", "action": {"type": "search"}},
+            {"type": "tool_search_call", "call_id": "2", "arguments": {"query": "a"}},
+            {"type": "shell_call_output", "call_id": "3", "output": [{"stdout": "a", "outcome": {}}]},
+            {"type": "computer_call_output", "call_id": "4", "output": {"type": "computer_screenshot"}},
         ]
     ),
     min_size=1,
@@ -276,3 +279,22 @@ def test_tools_are_chats_and_what_runs_elsewhere_is_left_out() -> None:
         {"name": "w", **plain, "strict": True},
     ]
     assert chat(tools=tools[1:2])["tools"] is None
+    space = {"type": "namespace", "name": "n", "tools": [{"type": "foo", "parameters": "x"}, read_]}
+    (function,) = chat(tools=[{"type": "foo", "parameters": "x", "name": {}}, space])["tools"]
+    assert function["function"] == {"name": "n__read", **plain}
+
+
+@pytest.mark.parametrize(
+    ("body", "param"),
+    [
+        ({"input": [{"type": "function_call", "name": "f", "arguments": {}}]}, "input[0].arguments"),
+        ({"input": [{"type": "x", "content": 5}, {"role": "user", "content": 5}]}, "input[1].content"),
+        ({"input": [{"type": ["x"]}]}, "input[0].type"),
+        ({"tools": [{"name": "f"}]}, "tools[0].type"),
+        ({"tools": [{"type": "function", "parameters": "x"}]}, "tools[0].parameters"),
+    ],
+)
+def test_what_is_read_here_is_of_its_types(body: Json, param: str) -> None:
+    error = fault({"input": "hi", **body})
+    assert error is not None
+    assert error.param == param

@@ -81,7 +81,7 @@ def decode(body: bytes, kind: type[Request]) -> tuple[dict[str, Any], Request]:
     body = body.removeprefix("\ufeff".encode())  # a byte order mark
     try:
         raw = msgspec.json.decode(body)
-        request = msgspec.convert(raw, kind)
+        request = msgspec.convert(kind.readable(raw), kind)
         if not _shallow(raw, MAX_DEPTH):
             raise RecursionError
     except RecursionError:

@@ -9,7 +9,7 @@ from msgspec import Struct
 
 from penstock.api import params
 from penstock.api.anthropic import CountRequest, MessagesRequest
-from penstock.api.responses_request import ResponsesRequest
+from penstock.api.responses_request import READ, ResponsesRequest
 from penstock.api.schema import Asked, ChatRequest, CompletionRequest
 from penstock.api.tokens import DetokenizeRequest, TokenizeRequest
 
@@ -71,6 +71,10 @@ def openapi(version: str) -> dict[str, Any]:
         for name in params.UNSUPPORTED.keys() & schema.get("properties", {}).keys():
             accepted, why = params.UNSUPPORTED[name]
             schema["properties"][name] |= {"enum": list(accepted), "description": why}
+    elsewhere = {"type": "string", "not": {"enum": READ}}
+    for name in ("Item", "ResponsesTool"):  # of other types they may hold anything
+        other = {"type": "object", "properties": {"type": elsewhere}, "required": ["type"]}
+        components[name] = {"anyOf": [components[name], other]}
     posts = zip(BODIES.items(), schemas, strict=False)
     one = {"name": "id", "in": "path", "required": True, "schema": {"type": "string"}}
     return {

@@ -37,6 +37,9 @@ _CHOICES: Json = {"metadata": {}, "parallel_tool_calls": True, "tool_choice": "a
 _NAMED = ("instructions", "max_output_tokens", "max_tool_calls", "prompt_cache_key", "safety_identifier")
 _REPEATED = {**dict.fromkeys(_NAMED), "user": None, **_CHOICES, **_FORMS}
 """What an answer repeats of its request, and what it says where the request said nothing."""
+_ITEMS = ("message", "reasoning", "function_call", "function_call_output", "item_reference")
+READ = (None, *_ITEMS, "function", "namespace")
+"""The types of items and tools that are more than left out."""
 
 Name = Annotated[str, Meta(min_length=1, max_length=127)]
 
@@ -98,6 +101,19 @@ class ResponsesRequest(Asked, kw_only=True):
     text: Json | None = None
     include: list[str] | None = None
     chat_template_kwargs: Json | None = None
+
+    @classmethod
+    def readable(cls, raw: Any) -> Any:
+        """Of items and tools of types that run elsewhere the type alone: the rest may be of any form."""
+        if not isinstance(raw, dict):
+            return raw
+        lists = {key: raw[key] for key in ("input", "tools") if isinstance(raw.get(key), list)}
+        return raw | {key: [cls.readable(_reduced(one)) for one in given] for key, given in lists.items()}
+
+
+def _reduced(one: Any) -> Any:
+    elsewhere = isinstance(one, dict) and one.get("type") not in READ
+    return {"type": one["type"]} if elsewhere else one
 
 
 @dataclass(frozen=True)

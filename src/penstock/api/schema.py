@@ -52,6 +52,11 @@ class Asked(Struct, kw_only=True):
 
     model: str | None = None
 
+    @classmethod
+    def readable(cls, raw: Any) -> Any:
+        """What of a body, still plain, is to be of the types here."""
+        return raw
+
 
 class Sampled(Asked, kw_only=True):
     """What chat and text completions share. Defaults (None) are resolved by `params.sampling`."""
