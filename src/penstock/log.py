@@ -142,10 +142,7 @@ class _Json(logging.Formatter):
     """A JSON object a line: when, how grave, whose, the words, and the fields of what they tell."""
 
     def format(self, record: logging.LogRecord) -> str:
-        told = {
-            "time": datetime.fromtimestamp(record.created, UTC),
-            "level": record.levelname.lower(),
-        }
+        told = {"time": datetime.fromtimestamp(record.created, UTC), "level": record.levelname.lower()}
         told |= {"logger": record.name, "message": record.getMessage(), **getattr(record, "fields", {})}
         if record.exc_info:
             told["traceback"] = self.formatException(record.exc_info)

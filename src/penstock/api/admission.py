@@ -47,9 +47,7 @@ class Lease:
         account, grown = self._account, size - self.bytes
         if refuse and grown > 0 and account.held + grown > account.limit:
             if size > account.limit:
-                raise PenstockError(
-                    Kind.TOO_LARGE, "The request takes more than the server's --front-memory."
-                )
+                raise PenstockError(Kind.TOO_LARGE, "The request is more than the server's --front-memory.")
             raise PenstockError(Kind.BUSY, "The server is busy; retry in a moment.", retry_after=2)
         account.held += grown
         self.bytes = size

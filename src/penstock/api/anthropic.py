@@ -12,9 +12,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta, Struct
 
-from penstock.api.params import invalid
+from penstock.api.params import invalid, unsupported
 from penstock.api.schema import MAX_STOPS, UNSEEN, Asked, ChatRequest, Share, Some, Stop
-from penstock.errors import Kind, PenstockError
 
 BILLING = "x-anthropic-billing-header:"
 """A line of Claude Code's first system block; it differs between sessions and says nothing to the model."""
@@ -171,18 +170,14 @@ def _result(content: Content, path: str) -> str:
     """What a tool returned, in words."""
     if isinstance(content, str):
         return content
-    texts = (
-        UNSEEN if block.type == "image" else _text(block, f"{path}[{at}]") for at, block in enumerate(content)
-    )
+    texts = (UNSEEN if one.type == "image" else _text(one, f"{path}[{at}]") for at, one in enumerate(content))
     return "".join(texts)
 
 
 def _text(block: Block, path: str) -> str:
     if block.type != "text":
-        message = (
-            f"{path}: content of type {block.type[:40]!r} is not supported; this server reads text only."
-        )
-        raise PenstockError(Kind.UNSUPPORTED_FIELD, message, param=f"{path}.type")
+        what = f"content of type {block.type[:40]!r} is not supported; this server reads text only."
+        raise unsupported(f"{path}.type", what)
     if block.text is None:
         raise invalid(f"{path}.text", "this field is required.")
     return block.text

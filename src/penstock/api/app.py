@@ -14,17 +14,7 @@ from starlette.routing import Route, Router
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from penstock import log
-from penstock.api import (
-    chat,
-    completions,
-    dashboard,
-    messages,
-    metrics,
-    models,
-    responses,
-    status,
-    tokens,
-)
+from penstock.api import chat, completions, dashboard, messages, metrics, models, responses, status, tokens
 from penstock.api.exchange import ClientGone, Exchange
 from penstock.api.security import Gate
 from penstock.api.service import Service

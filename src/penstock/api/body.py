@@ -177,6 +177,4 @@ def path_at(body: bytes, offset: int) -> str:
 
 def _shallow(value: dict[str, Any] | list[Any], left: int) -> bool:
     children = value.values() if isinstance(value, dict) else value
-    return left > 0 and all(
-        _shallow(child, left - 1) for child in children if isinstance(child, (dict, list))
-    )
+    return left > 0 and all(_shallow(one, left - 1) for one in children if isinstance(one, (dict, list)))

@@ -48,9 +48,8 @@ async def prepare(
     tools = function_tools(raw, request)
     asked = structured.asked(request, tools)
     encoding = partial(_encode, text, raw["messages"], tools, request, asked)
-    ids, in_reasoning, edges, turn, grammar = await asyncio.get_running_loop().run_in_executor(
-        service.pool, encoding
-    )
+    loop = asyncio.get_running_loop()
+    ids, in_reasoning, edges, turn, grammar = await loop.run_in_executor(service.pool, encoding)
     job = params.job(request, service.defaults, ready, sampling, ids, "messages")
     stops = job.stops or not asked.several
     job = replace(job, borders=edges, turn=turn, grammar=grammar, stops=stops)
@@ -66,9 +65,8 @@ async def prepare(
         single_call=not asked.several,
         settled=asked.schema is not None,
     )
-    return params.plan(
-        request, [job], assembler, len(encode(tools)) * 4 if tools else 0, in_reasoning=in_reasoning
-    )
+    retained = len(encode(tools)) * 4 if tools else 0
+    return params.plan(request, [job], assembler, retained, in_reasoning=in_reasoning)
 
 
 def function_tools(raw: dict[str, Any], request: ChatRequest) -> list[dict[str, Any]] | None:
@@ -137,9 +135,8 @@ class ChatRenderer(OpenAIRenderer):
 
     def opening(self) -> bytes:
         """The role chunk of every choice."""
-        return b"".join(
-            self.chunk(index, b'{"role":"assistant","content":""}') for index in range(len(self._heads))
-        )
+        begun = b'{"role":"assistant","content":""}'
+        return b"".join(self.chunk(index, begun) for index in range(len(self._heads)))
 
     def keepalive(self) -> bytes:
         """An empty delta: some clients hang up on comments."""

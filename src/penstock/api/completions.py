@@ -59,9 +59,7 @@ def _prompts(prompt: str | list[str | int | list[int]]) -> list[tuple[str, str |
     kind = type(prompt[0])
     for at, item in enumerate(prompt):
         if type(item) is not kind:
-            raise params.invalid(
-                f"prompt[{at}]", "a list holds strings, or ids, or lists of ids, not a mixture."
-            )
+            raise params.invalid(f"prompt[{at}]", "a list holds strings, ids or lists of ids, not a mixture.")
     if kind is int:
         return [("prompt", prompt)]  # type: ignore[list-item]
     return [(f"prompt[{at}]", item) for at, item in enumerate(prompt)]  # type: ignore[misc]

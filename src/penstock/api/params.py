@@ -54,12 +54,17 @@ def flattened(error: PenstockError, names: Mapping[str, str]) -> PenstockError:
     return error
 
 
+def unsupported(param: str, message: str) -> PenstockError:
+    """A 400 that names what is not done here."""
+    return PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
+
+
 def refuse(request: Sampled) -> None:
     """Raise UNSUPPORTED_FIELD for what would change the answer and isn't done."""
     for param, (accepted, message) in UNSUPPORTED.items():
         value = getattr(request, param, None)
         if value not in accepted or type(value) not in map(type, accepted):  # 0 is not false
-            raise PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {message}", param=param)
+            raise unsupported(param, message)
 
 
 def check_model(model: str | None, served: Sequence[str], strict: bool) -> None:

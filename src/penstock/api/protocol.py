@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import msgspec
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 from penstock import log, platform
 from penstock.errors import Kind, PenstockError
@@ -185,13 +185,9 @@ class BoundedProtocol(HttpToolsProtocol):
             error = PenstockError(kind, message)
             body = msgspec.json.encode(error.openai())
             retry = b"retry-after: %d\r\n" % error.retry_after if error.retry_after else b""
-            head = b"HTTP/1.1 %d %s\r\ncontent-type: application/json\r\n" % (
-                kind.value.status,
-                kind.name.replace("_", " ").title().encode(),
-            )
-            self.transport.write(
-                head + retry + b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body) + body
-            )
+            head = STATUS_LINE[kind.value.status] + retry + b"content-type: application/json\r\n"
+            head += b"connection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+            self.transport.write(head + body)
         self.transport.close()
 
     def _set_timer(self, seconds: float, act: Any, *arguments: Any) -> None:

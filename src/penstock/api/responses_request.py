@@ -15,9 +15,8 @@ import msgspec
 from msgspec import Meta, Struct
 
 from penstock.api.body import misfit
-from penstock.api.params import invalid
+from penstock.api.params import invalid, unsupported
 from penstock.api.schema import UNSEEN, Asked, ChatRequest, Share, Some
-from penstock.errors import Kind, PenstockError
 
 Json = dict[str, Any]
 
@@ -149,9 +148,9 @@ def as_chat(raw: Json, request: ResponsesRequest) -> tuple[Json, ChatRequest]:
     """The same as a chat request, plain and checked. Raises UNSUPPORTED_FIELD, INVALID_FIELD."""
     for name, why in _UNSUPPORTED.items():
         if raw.get(name):
-            raise _unsupported(name, why)
+            raise unsupported(name, why)
     if "message.output_text.logprobs" in (request.include or []):
-        raise _unsupported("include", _UNSUPPORTED["top_logprobs"])
+        raise unsupported("include", _UNSUPPORTED["top_logprobs"])
     functions = _functions(request.tools or []).items()
     chat: Json = {
         "messages": _messages(request),
@@ -187,7 +186,7 @@ def _add(messages: list[Json], item: Item, path: str) -> None:
     if kind == "message" and item.role is None:
         raise invalid(f"{path}.role", "this field is required.")
     if kind == "item_reference":
-        raise _unsupported(path, f"items by reference are not supported: {_STATELESS}")
+        raise unsupported(path, f"items by reference are not supported: {_STATELESS}")
     if kind == "message" and item.role == "assistant":
         said = _turn(messages, may_join_message=False).setdefault("content", [])
         said.append(_text(item.content, f"{path}.content"))
@@ -234,7 +233,7 @@ def _text(content: Content | None, path: str, images: str | None = None) -> str:
             text = images
         elif part.type not in _TEXTS:
             what = f"content of type {part.type[:40]!r} is not supported; this server reads text only."
-            raise _unsupported(f"{path}[{at}].type", what)
+            raise unsupported(f"{path}[{at}].type", what)
         elif text is None:
             raise invalid(f"{path}[{at}].text", "this field is required.")
         texts.append(text or "")
@@ -279,7 +278,3 @@ def _response_format(text: Json | None) -> Any:
     if not isinstance(form, dict) or form.get("type") != "json_schema":
         return form
     return {"type": "json_schema", "json_schema": {key: form[key] for key in form if key != "type"}}
-
-
-def _unsupported(param: str, why: str) -> PenstockError:
-    return PenstockError(Kind.UNSUPPORTED_FIELD, f"{param}: {why}", param=param)

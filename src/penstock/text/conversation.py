@@ -111,12 +111,7 @@ def _joined(turns: list[Message]) -> Message:
     return {**turns[0], "content": "\n\n".join(turn["content"] for turn in turns if turn["content"])}
 
 
-DEFAULT_ROLES = {
-    "system": "ASSISTANT's RULE: ",
-    "user": "USER: ",
-    "assistant": "ASSISTANT: ",
-    "stop": "\n",
-}
+DEFAULT_ROLES = {"system": "ASSISTANT's RULE: ", "user": "USER: ", "assistant": "ASSISTANT: ", "stop": "\n"}
 """mlx_lm.server's words for models without a template."""
 
 

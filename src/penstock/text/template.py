@@ -16,13 +16,7 @@ import jinja2
 from jinja2.exceptions import SecurityError
 
 from penstock.errors import Kind, PenstockError
-from penstock.text.conversation import (
-    Message,
-    join_turns,
-    normalise,
-    plain_dialogue,
-    tag_late_systems,
-)
+from penstock.text.conversation import Message, join_turns, normalise, plain_dialogue, tag_late_systems
 from penstock.text.errors import ModelFilesError
 from penstock.text.sandbox import MAX_RENDERED, environment
 from penstock.text.tokenizer import read_json, special_tokens
@@ -58,9 +52,7 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise ModelFilesError(f"The chat template is not valid: {error}") from error
         if sources and "default" not in sources:
-            raise ModelFilesError(
-                f"The model has several chat templates ({', '.join(sources)}) and no default."
-            )
+            raise ModelFilesError(f"The model has chat templates ({', '.join(sources)}), but no default.")
         self.source = sources.get("default")
         self.adds_special_tokens = not sources
         self._tokens = tokens or {}

@@ -89,9 +89,8 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # the library raises plain Exception
             raise ModelFilesError(f"{path} can't be read: {error}") from error
-        config = read_json(model_dir / "special_tokens_map.json") | read_json(
-            model_dir / "tokenizer_config.json"
-        )
+        config = read_json(model_dir / "special_tokens_map.json")
+        config |= read_json(model_dir / "tokenizer_config.json")
         eos = read_json(model_dir / "generation_config.json").get("eos_token_id")
         if eos is None:
             eos = read_json(model_dir / "config.json").get("eos_token_id")

@@ -113,9 +113,7 @@ def tool_format(name: str) -> ToolFormat:
     try:
         module = importlib.import_module(f"{_PACKAGE}.{name}")
     except ImportError as error:
-        raise ModelFilesError(
-            f"The model needs the tool parser {name!r}, which this mlx-lm lacks."
-        ) from error
+        raise ModelFilesError(f"The model needs a tool parser that this mlx-lm lacks: {name!r}.") from error
     return ToolFormat(name, module.tool_call_start, module.tool_call_end, module.parse_tool_call)
 
 
