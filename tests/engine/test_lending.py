@@ -323,6 +323,14 @@ class LendingMachine(RuleBasedStateMachine):
         """`cap`: of the cache, as a share of the longest prompt's bytes."""
         self.engine = make(self.name, cap and int(cap * len(PARENT) * per_id(self.name)))
         self.asked: dict[int, tuple[int, ...]] = {}
+        self.rescues, rescue = 0, self.engine.cache.rescue
+
+        def watched(sequence: Sequence) -> None:
+            before = set(self.engine.cache._adopted)
+            rescue(sequence)
+            self.rescues += bool(self.engine.cache._adopted.keys() - before)
+
+        self.engine.cache.rescue = watched  # type: ignore[method-assign]
 
     @rule(prompt=st.sampled_from(PROMPTS))
     def ask(self, prompt: list[int]) -> None:
@@ -379,12 +387,11 @@ class LendingMachine(RuleBasedStateMachine):
     @rule(how=st.sampled_from([faults.late_error_or_raise, faults.late_error_or_raise, faults.raises]))
     def step_fails(self, how: Callable[[], mx.array]) -> None:
         if any(s.row is not None for s in self.engine.loop.sequences.values()):
-            errors = self.engine.loop.counts["errors"]
             fail_next(self.engine, how)
+            before = self.rescues
             for _ in range(3):
                 self.engine.turn()
-            adopted = len(self.engine.cache._adopted)
-            seen["rescued"] += self.engine.loop.counts["errors"] > errors and adopted > 0
+            seen["rescued"] += self.rescues > before
             check(self.engine.cache.tree)
 
     def teardown(self) -> None:
