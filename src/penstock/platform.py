@@ -35,6 +35,8 @@ _OPENBLAS = (
 _RXT_CONNDROPTIME = 0x80
 """Darwin's TCP_USER_TIMEOUT, in seconds; Python has no name for it."""
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
+PYTHON = (sys.executable, "-P")
+"""Starts a process of ours, which imports nothing from the directory that the server is started in."""
 BACKLOG = 1024
 OPENBLAS_HINT = "MLX's CPU matmul is 10 to 20 times slower without it: apt-get install libopenblas0-pthread"
 

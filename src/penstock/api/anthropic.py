@@ -187,11 +187,13 @@ def _tools(tools: list[AnthropicTool]) -> list[Json] | None:
     """Those that run elsewhere keep their places: an error names a tool by its number."""
     written: list[Json] = []
     for at, tool in enumerate(tools):
-        ours = tool.type in (None, "custom")
-        if ours and tool.name is None:
+        if tool.type not in (None, "custom"):
+            written.append({"type": "elsewhere"})
+            continue
+        if tool.name is None:
             raise invalid(f"tools[{at}].name", "this field is required.")
         function: Json = {"name": tool.name, "parameters": tool.input_schema or {"type": "object"}}
         if tool.description is not None:
             function["description"] = tool.description
-        written.append({"type": "function", "function": function} if ours else {"type": "elsewhere"})
+        written.append({"type": "function", "function": function})
     return written or None

@@ -91,7 +91,7 @@ def figures(
     from penstock.memory.probe import Machine, system_probe
     from penstock.supervisor.budget import ceiling
 
-    command = [sys.executable, "-P", "-m", "penstock.engine.describe"]
+    command = [*platform.PYTHON, "-m", "penstock.engine.describe"]
     environment, pipe = platform.engine_environment(os.environ), subprocess.PIPE
     with subprocess.Popen(command, stdin=pipe, stdout=pipe, env=environment, text=True) as process:
         assert process.stdout is not None

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
@@ -98,7 +97,7 @@ def _server(model: Path, limit: int) -> Iterator[tuple[subprocess.Popen[bytes], 
     with tempfile.TemporaryDirectory(prefix="penstock-doctor-") as scratch, tempfile.TemporaryFile() as log:
         own = {"XDG_CACHE_HOME": scratch, "XDG_CONFIG_HOME": scratch}
         environment = {k: v for k, v in os.environ.items() if not k.startswith(PREFIX)} | own
-        command = [sys.executable, "-P", "-c", PROGRAM, "serve", str(model), "--port", str(port)]
+        command = [*platform.PYTHON, "-c", PROGRAM, "serve", str(model), "--port", str(port)]
         command += ["--memory-limit", str(limit)]
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
         try:

@@ -232,7 +232,7 @@ def _lengths(longest: int) -> list[int]:
 
 
 def _on_cpu() -> bool:
-    return bool(mx.default_device() == mx.Device(mx.cpu, 0))
+    return device.backend() == "cpu"
 
 
 def _full_window(cache: Any) -> int:

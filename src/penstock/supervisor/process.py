@@ -22,10 +22,9 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from penstock.page import Page
-from penstock.platform import engine_environment
+from penstock.platform import PYTHON, engine_environment
 
-COMMAND = (sys.executable, "-P", "-m", "penstock.engine")
-"""-P: nothing is imported from the directory that the server happens to be started in."""
+COMMAND = (*PYTHON, "-m", "penstock.engine")
 LINE_BOUND = 2000
 LINES_PER_SECOND = 200
 TAIL_LINES = 80

@@ -12,7 +12,6 @@ import json
 import math
 import re
 import subprocess
-import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
@@ -20,6 +19,7 @@ from functools import lru_cache
 from typing import Any
 
 from penstock.errors import Kind, PenstockError
+from penstock.platform import PYTHON
 from penstock.text.formats import CONTENT, HEADER
 from penstock.text.parts import TextParts
 from penstock.text.tokenizer import Tokenizer
@@ -203,7 +203,7 @@ def _problem(grammar: str) -> str:
 
     Raises subprocess.SubprocessError then, and that is not remembered: a crowded machine may be why.
     """
-    command = [sys.executable, "-P", "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
+    command = [*PYTHON, "-c", _CHECK, json.dumps(GRAMMAR_LIMITS)]
     asked = grammar.encode(errors="replace")
     done = subprocess.run(command, input=asked, capture_output=True, timeout=20, check=True)
     told = done.stdout.decode().partition("\n   1 | ")[0].replace("NoExtensionBias", "no text fits it")
