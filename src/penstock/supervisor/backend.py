@@ -345,12 +345,12 @@ class Backend:
         longest = self._queue.seconds
         if longest is None:
             return
-        busy = PenstockError(Kind.BUSY, f"The server is busy, retry: {longest:g} s passed.")
+        busy = f"The server is busy, retry: {longest:g} s passed."
         for entry in self.journal:
             if entry.waits and monotonic() - entry.ticket.stats.submitted > longest:
                 if entry.epoch is not None and self._engine is not None:
                     self._engine.channel.send(wire.End(entry.id, 0))
-                self._fail(entry, busy)
+                self._fail(entry, PenstockError(Kind.BUSY, busy))
 
     def _finish_delivered(self) -> None:
         assert self.ready is not None
