@@ -121,8 +121,10 @@ def test_proc_without_the_port_names_nobody(tmp_path: Path) -> None:
 
 
 def test_the_programs_of_this_machine_are_listed_with_their_arguments() -> None:
-    command = [sys.executable, "-c", "import sys; sys.stdin.read()", "a mark"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as child:
+    command = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", "a mark"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
+        assert child.stdout is not None
+        child.stdout.readline()  # while it is still being started it has no command line
         found = {pid: words for pid, words in platform.programs() if pid == child.pid}
         child.communicate()
     assert "a mark" in found[child.pid]
