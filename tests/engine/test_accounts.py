@@ -82,13 +82,21 @@ def test_costs_are_what_rows_hold() -> None:
     runner.close(row)
 
 
-def test_a_step_may_run_ahead_as_far_as_its_lease_and_what_comes_between_as_far_as_the_budget() -> None:
+def test_the_pool_is_leased_with_room_for_one_buffer_beyond_its_cap() -> None:
+    told: list[int] = []
+    accounts = Accounts(1000, 100, Costs(1, 1, 0, 0, 1), set_pool=told.append)
+    assert (told, accounts.ledger.balance(Account.POOL)) == ([25], 50)
+    accounts.clear_pool()
+    assert (told, accounts.ledger.balance(Account.POOL)) == ([25, 0], 0)
+    accounts.restore_pool(planned=801)
+    assert told == [25, 0], "there is no room for twice as much beside the plan"
+    accounts.restore_pool(planned=800)
+    assert (told, accounts.ledger.balance(Account.POOL)) == ([25, 0, 25], 50)
+
+
+def test_work_may_run_ahead_as_far_as_the_budget() -> None:
     told: list[int] = []
     accounts = Accounts(1000, 100, Costs(1, 1, 0, 0, 1), set_throttle=told.append)
     accounts.set_budget(900)
-    lease = accounts.begin(50)
-    assert told == [900, accounts.ledger.held]
-    accounts.launched()
-    accounts.ledger.release(lease)
     accounts.set_budget(40)  # below what lasts no operation would run beside another
-    assert told[2:] == [900, accounts.ledger.held]
+    assert told == [900, accounts.ledger.held]

@@ -116,7 +116,7 @@ class Storm:
 
     def _watch(self) -> None:
         loop, accounts = self.engine.loop, self.engine.accounts
-        launch, observe, set_pool = loop._launch, loop._observe, accounts.set_pool
+        launch, observe, recover, set_pool = loop._launch, loop._observe, loop._recover, accounts.set_pool
         self.pool = accounts.ledger.balance(Account.POOL)
 
         def watched_pool(limit: int) -> None:
@@ -132,12 +132,21 @@ class Storm:
             return launch(plan)
 
         def watched_observe(step: Any) -> None:
+            if not loop.pipelined:
+                mx.synchronize()  # the step has been read, but its last buffers may still be about to go
             self._compare(self._new_peak())
-            self.record.pool_beyond = max(self.record.pool_beyond, int(mx.get_cache_memory()) - self.pool)
+            beyond = int(mx.get_cache_memory()) - self.pool
+            self.record.pool_beyond = max(self.record.pool_beyond, beyond)
+            self.record.expect(beyond <= 0, f"the pool keeps {beyond} bytes more than {self.pool}")
             observe(step)
             self.pool = accounts.ledger.balance(Account.POOL)
 
-        loop._launch, loop._observe, accounts.set_pool = watched_launch, watched_observe, watched_pool  # type: ignore[method-assign]
+        def watched_recover(error: Exception) -> None:
+            self.launches.clear()
+            recover(error)
+
+        loop._launch, loop._observe, loop._recover = watched_launch, watched_observe, watched_recover  # type: ignore[method-assign]
+        accounts.set_pool = watched_pool
         if not loop.pipelined:
             self._watch_cache()
 
@@ -239,16 +248,19 @@ class Storm:
         """Peak and pool since the last read, against the budgets of the steps that ran since then."""
         bound = max(self.ceiling if launch.alone else launch.budget for launch in self.launches)
         share = (peak + self.pool) / bound
-        assert share <= self.bound, f"{peak} and a pool of {self.pool} in {bound}: {self.launches}"
+        words = f"{peak} and a pool of {self.pool} in {bound}: {self.launches}"
+        self.record.expect(share <= self.bound, words)
         self.record.tightest = max(self.record.tightest, share)
         self.record.steps += 1
         step = self.launches.pop(0)
         if not self.engine.loop.pipelined:
             active = int(mx.get_active_memory())
             lasting = self.engine.accounts.lasting
-            assert active - lasting <= TOLERANCE, f"{active - lasting} bytes last that are not leased: {step}"
+            unknown = active - lasting
+            self.record.expect(unknown <= TOLERANCE, f"{unknown} bytes last that are not leased: {step}")
             leased = max(step.lasting, lasting, self.leased) + step.predicted + TOLERANCE
-            assert peak <= leased * self.bound, "the step held more than was leased"
+            words = f"the step held {peak}, more than was leased, {leased}: {step}"
+            self.record.expect(peak <= leased * self.bound, words)
             if step.copied:
                 return
             measured = max(0, peak - max(step.active, active))
@@ -281,6 +293,7 @@ class Storm:
             self.record.counts.update(self.engine.loop.counts)
             self.record.seconds = time.monotonic() - began
             self.engine.close()
+            assert not self.record.broken, "\n".join(self.record.broken[:5])
             return self.record
         finally:
             sequence.FIRST_ROOM = first_room

@@ -37,10 +37,17 @@ class Record:
     counts: Counter[str] = field(default_factory=Counter)
     chunk_lengths: set[int] = field(default_factory=set)
     longest_context: int = 0
+    broken: list[str] = field(default_factory=list)
+    """What passed its bound: a storm goes on, and fails at its end."""
+
+    def expect(self, holds: bool, words: str) -> None:
+        """Remember what did not hold."""
+        if not holds:
+            self.broken.append(words)
 
     def copied(self, kind: str, measured: int, leased: int) -> None:
         """Bytes that the prompt cache held more while it copied, and what it had room for."""
-        assert measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted"
+        self.expect(measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted")
         if measured > TOLERANCE:
             self.ratios[kind].append((measured / leased, measured))
 
@@ -85,6 +92,7 @@ class Record:
             found.append(f"{kind:10s} {len(ratios):5d} × worst {worst:.2f} median {median:.2f}")
         if self.worst_step:
             found.append(f"worst: {self.worst_step}")
+        found += [f"BROKEN ({len(self.broken)} times): {words}" for words in self.broken[:3]]
         if big := self.median_of_big_chunks():
             found.append(f"chunks above {BIG / 1e6:.0f} MB: median {big:.2f}")
         return found
@@ -114,5 +122,6 @@ class Record:
             "worst": self.worst(),
             "worst_copy": self.worst(copies=True),
             "worst_step": self.worst_step,
+            "broken": len(self.broken),
             "median_of_big_chunks": self.median_of_big_chunks(),
         }

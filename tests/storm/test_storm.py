@@ -35,6 +35,7 @@ def show(name: str, record: Record) -> None:
 def is_tight(record: Record) -> None:
     """A storm that never came near the bound would show nothing."""
     assert record.largest_share >= 0.2
+    assert not record.counts["errors"]
     assert record.longest_context >= 8_000
     assert len(record.chunk_lengths) >= min(50, STEPS // 20)
     for kind in ("shortened", "waits", "preempt"):
@@ -164,5 +165,6 @@ def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
     storm.engine.close()
     storm.restore()
     show(name, storm.record)
+    assert storm.record.broken == []
     assert len(storm.record.in_use) >= 50
     assert statistics.median(storm.record.in_use) >= 0.85

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from penstock.engine.rows import Row, RowKV
+from penstock.engine.rows import Row, RowKV, RowState
 
 
 @dataclass(slots=True, eq=False)
@@ -54,7 +54,7 @@ class Part:
 def obstacle(row: Row) -> str | None:
     """Why rows of this model cannot be cached: a cache class without an exact rule. None: they can."""
     for leaf in row.leaves:
-        plain = type(leaf) in (RowKV, ArraysCache)
+        plain = type(leaf) in (RowKV, RowState)
         window = type(leaf) is RotatingKVCache and leaf.keep == 0
         if not plain and not window:
             return type(leaf).__name__
@@ -106,7 +106,7 @@ def cut(segment: Segment, at: int) -> tuple[Segment, Segment]:
 def assemble(row: Row, parts: Sequence[Part]) -> None:
     """Fill an empty row with the keys and values of `parts`, one after the other, with room to its capacity.
 
-    Layer by layer, each evaluated before the next, so that nothing exists twice but what is read.
+    Layer by layer, each done before the next, so that nothing exists twice but what is read.
     """
     length = sum(part.count for part in parts)
     pieces = [_pieces(part) for part in parts]
@@ -116,6 +116,7 @@ def assemble(row: Row, parts: Sequence[Part]) -> None:
         )
         leaf.offset = length
         mx.eval(leaf.keys, leaf.values)
+        mx.synchronize()
     row.length = length
     row.settle()
 

@@ -18,7 +18,7 @@ from penstock.memory.predict import Transient
 
 POOL_LIMIT = 1 << 30
 POOL_SHARE = 0.05
-"""The allocator may keep this share of the ceiling in freed buffers, at most 1 GiB."""
+"""What freed buffers that the allocator keeps may hold: this share of the ceiling, at most 1 GiB."""
 
 
 class Accounts:
@@ -34,7 +34,7 @@ class Accounts:
     ) -> None:
         """`set_pool` caps what the allocator keeps, in bytes; 0 makes it give everything back.
 
-        `set_throttle` says above how many bytes the allocator lets no more work run ahead.
+        `set_throttle` says above how many bytes the allocator lets no more work run ahead of the device.
         """
         self.ceiling = ceiling
         self.costs = costs
@@ -53,7 +53,7 @@ class Accounts:
         budget = min(budget, self.ceiling)
         self.departures += budget > self.ledger.budget
         self.ledger.budget = budget
-        self.launched()
+        self.set_throttle(max(budget, self.ledger.held))  # below, every operation would wait for the last
 
     @property
     def lasting(self) -> int:
@@ -92,18 +92,8 @@ class Accounts:
         self.ledger.correct(self._states, orphans * self.costs.states, 0)
 
     def begin(self, transient: int) -> Lease:
-        """The lease of a step's transient, to be released when the step was read.
-
-        Until `launched` work that would hold more than what is under lease waits for what runs before it.
-        """
-        lease = self._take(Account.TRANSIENT, transient)
-        self.set_throttle(self.ledger.held - self.ledger.balance(Account.GRAMMARS))
-        return lease
-
-    def launched(self) -> None:
-        """The step is on its way; what comes between steps may run ahead up to the budget."""
-        # Below what lasts, every operation would wait for the one before it.
-        self.set_throttle(max(self.ledger.budget, self.ledger.held))
+        """The lease of a step's transient, to be released when the step was read."""
+        return self._take(Account.TRANSIENT, transient)
 
     def audit(self, rows: Mapping[int, int], cached: Iterable[Lease], active: int) -> list[Finding]:
         """Compare with what the rows hold, by sequence id, and with all that the allocator has handed out."""
@@ -124,7 +114,7 @@ class Accounts:
         limit = int(min(POOL_LIMIT, self.ceiling * POOL_SHARE))
         if self._pool is None and self.ledger.room - planned >= 2 * limit:
             self._pool = self._take(Account.POOL, limit)
-            self.set_pool(limit)
+            self.set_pool(limit // 2)  # it takes in one more buffer, however large, while it is below its cap
 
     def floors(self, on_board: list[Sequence], transient: Transient) -> tuple[int, int]:
         """Bytes that all rows and their next step hold, and the same for the oldest row alone.

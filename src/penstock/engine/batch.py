@@ -20,7 +20,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, CacheList, make_prompt_cache
 
-from penstock.engine import seams
+from penstock.engine import pace, seams
 from penstock.engine.rows import Leaf, Row, StateStack, unknown
 from penstock.memory.costs import grown
 
@@ -84,11 +84,16 @@ class Runner:
         return row
 
     def prefill(self, row: Row, ids: Sequence[int]) -> list[mx.array]:
-        """Append `ids`, the row's next positions, as one chunk. Returns the arrays whose evaluation does it.
+        """Append `ids`, the row's next positions, as one chunk. Returns the arrays whose evaluation ends it.
 
-        Lazy but for a growing row. Only the caches are to be evaluated, so the last layer's MLP and the
-        head are never computed; drop the arrays when they are.
+        Layers are launched one after the other, as `pace` has it. Only the caches are to be evaluated, so the
+        last layer's MLP and the head are never computed; drop the arrays when they are.
         """
+        with pace.layer_by_layer():
+            return self.build(row, ids)
+
+    def build(self, row: Row, ids: Sequence[int]) -> list[mx.array]:
+        """The same, but nothing is launched: shapes are known before. Lazy but for a growing row."""
         self._stack.release([row])
         self._make_room(row, len(ids))
         self._model(mx.array([list(ids)], mx.int32), cache=row.caches)

@@ -311,8 +311,6 @@ class Loop:
         except BaseException:
             self.accounts.ledger.release(lease)
             raise
-        finally:
-            self.accounts.launched()
         step.orphans = max(0, orphans - self.runner.orphans)
         step.lasting = self.accounts.lasting
         return step

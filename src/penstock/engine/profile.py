@@ -22,7 +22,7 @@ import msgspec
 from penstock import __version__
 from penstock.memory.predict import Curve, Scalars, Transient
 
-FORM = 2
+FORM = 3
 """Of the numbers in a file and of how they are measured: another one is measured anew, never misread."""
 
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, create_attention_mask
 
+from penstock.engine import pace
 from penstock.memory.costs import grown
 
 
@@ -80,6 +81,15 @@ class RowKV:
         return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)  # type: ignore[union-attr]
 
 
+class RowState(ArraysCache):  # type: ignore[misc]
+    """One row's recurrent state of one layer: mlx-lm's cache, which tells `pace` when it was written."""
+
+    def __setitem__(self, entry: int, value: Any) -> None:
+        super().__setitem__(entry, value)
+        if entry == len(self.cache) - 1 and value is not None:
+            pace.mark(value)
+
+
 def _enlarged(buffer: mx.array, used: int, capacity: int) -> mx.array:
     larger = mx.zeros((*buffer.shape[:2], capacity, buffer.shape[3]), buffer.dtype)
     larger[..., :used, :] = buffer[..., :used, :]
@@ -100,9 +110,11 @@ Leaf = Any
 
 
 def owned(cache: Any, capacity: int) -> Any:
-    """mlx-lm's fresh cache of one layer as the row keeps it: plain KV in our class, the rest as it is."""
+    """mlx-lm's fresh cache of one layer as the row keeps it: plain KV and states in our classes."""
     if type(cache) is KVCache:
         return RowKV(capacity)
+    if type(cache) is ArraysCache:
+        return RowState(len(cache.cache))
     if type(cache) is CacheList:
         return CacheList(*(owned(inner, capacity) for inner in cache.caches))
     return cache
@@ -119,7 +131,7 @@ def leaves(caches: Iterable[Any]) -> list[Leaf]:
 def unknown(caches: Iterable[Any]) -> str | None:
     """The name of a cache class that has no ragged form, if there is one."""
     for leaf in leaves(caches):
-        if type(leaf) not in (RowKV, RotatingKVCache, ArraysCache):
+        if type(leaf) not in (RowKV, RotatingKVCache, RowState):
             return type(leaf).__name__
     return None
 
@@ -151,6 +163,7 @@ class Row:
             for cache in self.kv:
                 cache.reserve(capacity)
                 mx.eval(_arrays(cache))
+                mx.synchronize()  # what it was copied from may go now
             self.settle()
 
     def settle(self) -> None:

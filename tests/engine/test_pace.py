@@ -1,0 +1,95 @@
+"""A chunk is launched layer by layer: each layer says where it has come to, and is waited for in order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+
+import mlx.core as mx
+import pytest
+from tests.engine.test_batch import ARCHITECTURES
+from tests.support import tiny_models
+
+from penstock.engine import calibrate, pace
+from penstock.engine.batch import Runner
+
+
+class Watched:
+    """What is launched and waited for, in order, as numbers of marks."""
+
+    def __init__(self) -> None:
+        self.order: list[tuple[str, int]] = []
+        self.marks: list[mx.array] = []
+
+    def async_eval(self, mark: mx.array) -> None:
+        self.order.append(("launch", len(self.marks)))
+        self.marks.append(mark)
+        mx.async_eval(mark)  # type: ignore[no-untyped-call]
+
+    def eval(self, marks: list[mx.array]) -> None:
+        for mark in marks:
+            self.order.append(("wait", next(i for i, known in enumerate(self.marks) if known is mark)))
+        mx.eval(marks)
+
+
+@pytest.fixture
+def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Watched]:
+    watched = Watched()
+    fake = SimpleNamespace(async_eval=watched.async_eval, eval=watched.eval, contiguous=mx.contiguous)
+    monkeypatch.setattr(pace, "mx", fake)
+    return watched
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_layer_is_launched_while_the_one_before_runs(name: str, watched: Watched) -> None:
+    model = tiny_models.build(name)
+    runner = Runner(model)
+    row = runner.open(64)
+    mx.eval(runner.prefill(row, [5 + i % 50 for i in range(40)]))
+    count = len(watched.marks)
+    assert count == len(row.leaves) >= len(model.layers), "each layer's cache says once that it was written"
+    waits = [("wait", i) for i in range(count - 1)]
+    launches = [("launch", i) for i in range(count)]
+    assert watched.order == [
+        launches[0],
+        *(x for pair in zip(launches[1:], waits, strict=True) for x in pair),
+    ]
+    assert all(mark.size == 1 for mark in watched.marks), "a mark holds no layer's buffer"
+
+
+def test_nothing_is_launched_where_a_step_is_only_built(watched: Watched) -> None:
+    runner = Runner(tiny_models.build("qwen3_5"))
+    before = mx.get_active_memory()
+    calibrate.costs_of(runner)
+    row = runner.open(4_096)
+    runner.build(row, list(range(1, 200)))
+    assert mx.get_active_memory() - before < 64 << 10
+    mx.eval(row.arrays())
+    mx.eval(runner.decode([row], mx.array([1])))
+    assert watched.order == []
+
+
+def test_after_an_error_nobody_is_waited_for(watched: Watched) -> None:
+    def half_a_chunk() -> None:
+        with pace.layer_by_layer():
+            pace.mark(mx.zeros((1, 2)))
+            raise ValueError("halfway")
+
+    runner = Runner(tiny_models.build("qwen3"))
+    with pytest.raises(ValueError, match="halfway"):
+        half_a_chunk()
+    row = runner.open(8)
+    mx.eval(runner.prefill(row, [1, 2, 3]))
+    assert ("wait", 0) not in watched.order
+
+
+@pytest.mark.metal
+def test_a_chunk_holds_one_layer_and_the_next_and_not_all_of_them() -> None:
+    """Eight times the layers, about the same peak beside the rows. CPUs hold no more without the marks."""
+    peaks = []
+    for layers in (2, 16):
+        config = tiny_models.config_of("qwen3", num_hidden_layers=layers, intermediate_size=8_192)
+        bench = calibrate._Bench(Runner(tiny_models.make(config)), tiny_models.VOCAB, 1 << 30, lambda: None)
+        peaks.append(bench._chunk(1_024, 1)[1].peak)
+    print(f"two layers hold {peaks[0]} bytes, sixteen {peaks[1]}")
+    assert peaks[1] <= 2 * peaks[0]
