@@ -18,8 +18,9 @@ from tests.support import scaled_models
 from penstock.engine import calibrate, profile
 from penstock.engine.batch import Runner
 from penstock.engine.calibrate import COSTLY, USUAL, Sample
+from penstock.engine.sequence import Sequence
 from penstock.memory.predict import Curve, Line, Scalars, Transient, with_margin
-from penstock.wire import Sampling
+from penstock.wire import Sampling, Submit
 
 QUICK = ("qwen3_5",)
 NAMES = [pytest.param(name, marks=() if name in QUICK else pytest.mark.storm) for name in scaled_models.NAMES]
@@ -124,6 +125,31 @@ def test_no_request_draws_with_more_than_what_was_measured(
     held = with_margin(max(bench.draw(COSTLY if asked.xtc_probability else USUAL) for _ in range(3)))
     assert bench.draw(asked) <= held
     assert bench.draw(structs.replace(asked, temperature=0.0)) <= held
+
+
+def test_no_company_draws_with_more_than_its_rows_are_charged() -> None:
+    """Greedy and narrow draws are charged less; beside others their logits are copied, too."""
+    bench = calibrate._Bench(scaled_models.runner("qwen3_5"), WIDE, ROOM, lambda: None)
+    usual, costlier, lighter = bench.draws()
+    assert usual > 2 * (usual - lighter)
+    rng = random.Random(0)
+    lean: list[dict[str, object]] = [
+        {},
+        {"top_k": 40, "temperature": 1.0},
+        {"top_k": 64, "temperature": 1.0, "logprobs": 3},
+    ]
+    tight = []
+    for _ in range(40):
+        asked = [rng.choice([*lean, *SETTINGS]) for _ in range(rng.randint(1, 6))]
+        asked = [{**a, **PENALTIES} if rng.random() < 0.2 else a for a in asked]
+        rows = [Sampling(**fields) for fields in asked]  # type: ignore[arg-type]
+        sequences = [Sequence(Submit(i, bytes(8), row, i), 100) for i, row in enumerate(rows)]
+        charged = len(rows) * usual + costlier * sum(s.costly_draw for s in sequences)
+        charged = with_margin(charged - lighter * sum(s.lean_draw for s in sequences))
+        held = bench.draw(*rows)
+        assert held <= charged, asked
+        tight.append(held / charged)
+    print(f"held ÷ charged: median {statistics.median(tight):.2f}, at most {max(tight):.2f}")
 
 
 def test_it_is_quick_and_shows_signs_of_life() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from tests.support import tiny_models
 from tests.support.engine_loop import Answer, EngineLoop
 
 from penstock import wire
+from penstock.engine import pace
 from penstock.engine.batch import Runner
 from penstock.memory.ledger import Account
 
@@ -226,6 +228,27 @@ def test_after_an_error_rows_are_computed_again_and_answers_are_whole() -> None:
     ids = [engine.submit(prompt(n, n), sampling=HOT, max_tokens=20) for n in (3, 50, 120)]
     engine.play()
     engine.close()
+    assert [engine.answers[id_].tokens for id_ in ids] == expected
+
+
+@pytest.mark.parametrize("model", [DENSE, HYBRID, "gemma3_text"])
+def test_an_error_between_two_layers_of_a_chunk_leaves_no_trace(
+    model: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some layers have written the chunk by then and others not."""
+    expected = [alone(model, prompt(n, n), max_tokens=10).tokens for n in (90, 200)]
+    engine, mark, marks = make(model), pace.mark, itertools.count()
+
+    def fails(written: mx.array) -> None:
+        if next(marks) in (6, 17, 30):
+            raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
+        mark(written)
+
+    monkeypatch.setattr(pace, "mark", fails)
+    ids = [engine.submit(prompt(n, n), max_tokens=10) for n in (90, 200)]
+    engine.play()
+    engine.close()
+    assert engine.loop.counts["errors"] == 3
     assert [engine.answers[id_].tokens for id_ in ids] == expected
 
 

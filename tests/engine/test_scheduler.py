@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -28,7 +29,7 @@ from penstock.engine.scheduler import (
 from penstock.engine.sequence import Sequence
 from penstock.guilt import Accusation
 from penstock.memory.costs import CHUNK_FLOOR, FIRST_ROOM, Costs, Fit
-from penstock.memory.predict import Scalars, Transient
+from penstock.memory.predict import Scalars, Transient, with_margin
 from penstock.wire import Sampling, Submit
 
 COSTS = Costs(kv_per_token=1000, layer_per_token=100, fixed=5_000, states=2_000, buffers=8)
@@ -159,6 +160,33 @@ def test_whatever_is_accepted_ends_within_any_budget_that_holds_the_longest(
     assert simulation.accounts.ledger.held == (
         simulation.accounts._pool.size if simulation.accounts._pool else 0
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "more"),
+    [
+        ({}, -300),
+        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, -300),
+        ({"temperature": 0.7, "top_k": 64, "min_p": 0.1, "logprobs": 5}, -300),
+        ({"temperature": 0.7, "top_k": 65}, 0),
+        ({"temperature": 0.7, "top_p": 0.8}, 0),
+        ({"temperature": 0.7}, 0),
+        ({"repetition_penalty": 1.1}, 0),
+        ({"presence_penalty": 0.5}, 0),
+        ({"frequency_penalty": 0.5}, 0),
+        ({"logit_bias": {3: 1.0}}, 0),
+        ({"temperature": 0.7, "top_k": 20, "xtc_probability": 0.5}, 1_000),
+    ],
+)
+def test_a_row_is_charged_by_how_it_draws(asked: dict[str, Any], more: int) -> None:
+    facts = replace(FACTS, transient=replace(TRANSIENT, costly_draw=1_000, lean_draw=300))
+    row = board(sequence(1, 50))
+    row.sampling = Sampling(**asked)
+    row.launched = row.computed = len(row.tokens) - 1
+    plan = schedule([row], facts, PLENTY)
+    assert isinstance(plan, Plan)
+    usual = facts.transient.step.peak([(1, row.launched + 1)])
+    assert plan.transient == with_margin(usual + more) + COSTS.states
 
 
 def test_growth_preempts_the_youngest_and_computes_little_twice() -> None:

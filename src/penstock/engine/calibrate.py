@@ -20,6 +20,7 @@ from msgspec.structs import replace
 
 from penstock.engine import device
 from penstock.engine.batch import Runner
+from penstock.engine.draws import NARROW
 from penstock.engine.gated_delta import THRESHOLD
 from penstock.engine.rows import Row
 from penstock.engine.sampler import SamplingBatch, sample
@@ -36,8 +37,8 @@ SHORT_CHUNKS = (16, 64)
 PATIENCE = 1.2
 """Seconds for each part that may be cut short; processor time on the CPU back end, load costs none."""
 ROWS = 4
-RUNS = 3
-"""Of a chunk on a GPU."""
+RUNS, DRAWS = 3, 5
+"""How often a chunk is measured on a GPU, and a draw: what they hold differs a little."""
 ROUNDING = {"cpu": 2 * PAGESIZE, "metal": 2 * 16_384, "cuda": 2 * 16_384}
 """A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
 
@@ -54,6 +55,8 @@ USUAL = Sampling(
 )
 COSTLY = replace(USUAL, xtc_probability=1.0, xtc_threshold=0.1)
 """Everything that a request can ask for, without XTC and with it: no draw holds more."""
+LEAN = (Sampling(), Sampling(temperature=1.0, top_p=0.9, min_p=0.01, top_k=NARROW, logprobs=20))
+"""What most ask for: the likeliest id, or one of a few."""
 
 
 def costs_of(runner: Runner, backend: str | None = None) -> Costs:
@@ -95,9 +98,9 @@ def calibrate(
     long = max(1, min(LONG, context_length - spare - 2, max(LEAST_LONG, quarter)))
     deep = bench.deep([n for n in (s.chunks[0][0] for s in alone) if n <= spare], long)
     steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
-    usual, costly = (max(bench.draw(sampling) for _ in range(3)) for sampling in (USUAL, COSTLY))
+    _, costly, lean = bench.draws()
     bench.close()
-    return Transient(fit_curve(alone, deep, per_score), fit(steps), max(0, costly - usual))
+    return Transient(fit_curve(alone, deep, per_score), fit(steps), costly, lean)
 
 
 class _Bench:
@@ -165,15 +168,23 @@ class _Bench:
         self.close()
         return Sample(tuple((1, context) for _ in range(count)), peak)
 
-    def draw(self, sampling: Sampling) -> int:
-        """Bytes that drawing one row's id holds; two steps' draws may be in flight."""
+    def draw(self, *rows: Sampling) -> int:
+        """Bytes that drawing these rows' ids holds; two steps' draws may be in flight."""
         self.beat()
-        batch = SamplingBatch([sampling], self.vocab_size)
-        logits, inputs = mx.zeros((1, self.vocab_size)), mx.zeros(1, mx.int32)
+        count, batch = len(rows), SamplingBatch(rows, self.vocab_size)
+        logits, inputs = mx.zeros((count, self.vocab_size)), mx.zeros(count, mx.int32)
         mx.eval(logits, inputs)
         base = _settled()
-        mx.eval(sample(logits + 1, batch, [1], [array("I", [0])], inputs, excluded=[(0,)]))
+        history = [array("I", [0])] * count
+        mx.eval(sample(logits + 1, batch, [1] * count, history, inputs, excluded=[(0,)] * count))
         return 2 * (int(mx.get_peak_memory()) - base)
+
+    def draws(self) -> tuple[int, int, int]:
+        """What a usual draw holds, how much more a costly one, and how much less a lean one, in bytes."""
+        kinds = [(USUAL,), (COSTLY,), *((USUAL, rows) for rows in LEAN)]
+        usual, costly, *beside = (max(self.draw(*rows) for _ in range(DRAWS)) for rows in kinds)
+        # In company the logits of a lean draw's row are copied and reported of as the others' are.
+        return usual, max(0, costly - usual), max(0, 2 * usual - max(beside))
 
     def close(self) -> None:
         """Let go of the rows."""

@@ -12,6 +12,8 @@ from hashlib import blake2b
 TOKEN = "token"  # which id; for a draw over the whole vocabulary, which block of ids
 WITHIN = "within"  # which id of the block: one number of 24 bits is too coarse for 150,000 ids
 XTC = "xtc"  # whether XTC acts at this position
+NARROW = 64
+"""A draw from so many ids at most looks for them alone and sorts no vocabulary."""
 
 _BITS = 24
 

@@ -47,7 +47,7 @@ def load(key: str) -> Transient | None:
         stored = msgspec.json.decode(_path(key).read_bytes(), type=_Profile)
     except (OSError, ValueError):
         return None
-    return Transient(stored.chunk, stored.step, stored.costly_draw, stored.constants)
+    return Transient(**{name: getattr(stored, name) for name in _Profile.__struct_fields__})
 
 
 def save(key: str, transient: Transient) -> None:
@@ -67,6 +67,7 @@ class _Profile(msgspec.Struct, frozen=True):
     chunk: Curve
     step: Scalars
     costly_draw: int
+    lean_draw: int
     constants: int
 
 

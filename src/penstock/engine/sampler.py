@@ -21,10 +21,10 @@ from typing import NamedTuple
 import mlx.core as mx
 
 from penstock.engine import draws
+from penstock.engine.draws import NARROW
 from penstock.engine.penalties import IdLists, Mask, Processors
 from penstock.wire import Sampling
 
-NARROW = 64
 _BLOCK = 128
 _OFF = math.inf
 

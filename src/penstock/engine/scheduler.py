@@ -189,7 +189,8 @@ def _step_bytes(
     lasting = sum(facts.costs.growth(s.capacity, new) for s, new in grow)
     moving = max((facts.costs.moving(s.capacity) for s, _ in grow), default=0)
     regroup = facts.costs.states * len(decode) if tuple(s.id for s in decode) != facts.stacked else 0
-    drawing = facts.transient.decode((s.launched + 1 for s in decode), sum(s.costly_draw for s in decode))
+    costly, lean = sum(s.costly_draw for s in decode), sum(s.lean_draw for s in decode)
+    drawing = facts.transient.decode((s.launched + 1 for s in decode), costly, lean)
     return lasting, drawing + moving + regroup
 
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
+from penstock.engine.draws import NARROW
 from penstock.guilt import Accusation
 from penstock.memory.costs import CHUNK_FLOOR, FIRST_ROOM, grown
 from penstock.wire import Sampling, Submit, unpack_ids
@@ -128,6 +129,13 @@ class Sequence:
     def costly_draw(self) -> bool:
         """Whether its draws hold more than others': XTC sorts the vocabulary twice, a mask is as wide."""
         return self.sampling.xtc_probability > 0 or bool(self.grammar)
+
+    @property
+    def lean_draw(self) -> bool:
+        """Whether its draws hold less than others': greedy and narrow ones, of logits as they are."""
+        s = self.sampling
+        changed = s.logit_bias or s.repetition_penalty != 1 or s.presence_penalty or s.frequency_penalty
+        return not self.costly_draw and not changed and (s.temperature == 0 or 0 < s.top_k <= NARROW)
 
     @property
     def first_capacity(self) -> int:

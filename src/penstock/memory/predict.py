@@ -129,6 +129,8 @@ class Transient:
     step: Scalars
     costly_draw: int = 0
     """Bytes more of a row whose draw asks for XTC: it sorts the whole vocabulary twice."""
+    lean_draw: int = 0
+    """Bytes less of a row whose draw takes the likeliest id, or one of a few, and changes no logits."""
     constants: int = 0
     """Bytes that the model keeps beside its weights once it has run: masks, frequencies."""
 
@@ -136,12 +138,13 @@ class Transient:
         """Peak in bytes of a prefill chunk of `length` ids after `context` computed ones, with margin."""
         return with_margin(self.chunk.peak([(length, context)]))
 
-    def decode(self, lengths: Iterable[int], costly: int = 0) -> int:
+    def decode(self, lengths: Iterable[int], costly: int = 0, lean: int = 0) -> int:
         """Peak in bytes of a decode step over rows of these lengths, with margin.
 
-        `costly`: how many of them make a costly draw.
+        `costly`, `lean`: how many of them make such a draw.
         """
-        return with_margin(self.step.peak([(1, length) for length in lengths]) + costly * self.costly_draw)
+        peak = self.step.peak([(1, length) for length in lengths])
+        return with_margin(peak + costly * self.costly_draw - lean * self.lean_draw)
 
     def longest_chunk(self, room: int, context: int, most: int) -> int:
         """The longest chunk, at most `most`, whose peak fits into `room` bytes; 0 if not even one id does."""
