@@ -17,7 +17,7 @@ from tests.support import scaled_models
 
 from penstock.engine import calibrate, profile
 from penstock.engine.batch import Runner
-from penstock.engine.calibrate import COSTLY, USUAL, Sample
+from penstock.engine.calibrate import COSTLY, LEAN, USUAL, Sample
 from penstock.engine.sequence import Sequence
 from penstock.memory.predict import Curve, Line, Scalars, Transient, with_margin
 from penstock.wire import Sampling, Submit
@@ -93,7 +93,8 @@ def test_decode_steps_stay_below_their_prediction(name: str) -> None:
     transient = calibrated(runner, 64)
     bench = calibrate._Bench(runner, scaled_models.VOCAB, 8 << 30, lambda: None)
     for rows, context in [(1, 500), (2, 1), (3, 4000), (8, 1), (8, 1000), (2, 12_000)]:
-        assert bench.step(rows, context).peak <= transient.decode([context] * rows)
+        assert bench.step(rows, context, USUAL).peak <= 2 * transient.decode([context] * rows), "two leases"
+        assert bench.step(rows, context, LEAN[1]).peak <= 2 * transient.decode([context] * rows, lean=rows)
 
 
 WIDE = 32_768
@@ -130,22 +131,22 @@ def test_no_request_draws_with_more_than_what_was_measured(
 def test_no_company_draws_with_more_than_its_rows_are_charged() -> None:
     """Greedy and narrow draws are charged less; beside others their logits are copied, too."""
     bench = calibrate._Bench(scaled_models.runner("qwen3_5"), WIDE, ROOM, lambda: None)
-    usual, costlier, lighter = bench.draws()
-    assert usual > 2 * (usual - lighter)
+    usual, costly, lean = bench.draws()
+    assert costly >= usual > 2 * lean
     rng = random.Random(0)
-    lean: list[dict[str, object]] = [
+    plain: list[dict[str, object]] = [
         {},
         {"top_k": 40, "temperature": 1.0},
         {"top_k": 64, "temperature": 1.0, "logprobs": 3},
     ]
     tight = []
     for _ in range(40):
-        asked = [rng.choice([*lean, *SETTINGS]) for _ in range(rng.randint(1, 6))]
+        asked = [rng.choice([*plain, *SETTINGS]) for _ in range(rng.randint(1, 6))]
         asked = [{**a, **PENALTIES} if rng.random() < 0.2 else a for a in asked]
         rows = [Sampling(**fields) for fields in asked]  # type: ignore[arg-type]
         sequences = [Sequence(Submit(i, bytes(8), row, i), 100) for i, row in enumerate(rows)]
-        charged = len(rows) * usual + costlier * sum(s.costly_draw for s in sequences)
-        charged = with_margin(charged - lighter * sum(s.lean_draw for s in sequences))
+        charges = [lean if s.lean_draw else costly if s.costly_draw else usual for s in sequences]
+        charged = with_margin(sum(charges))
         held = bench.draw(*rows)
         assert held <= charged, asked
         tight.append(held / charged)

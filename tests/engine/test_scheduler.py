@@ -163,30 +163,30 @@ def test_whatever_is_accepted_ends_within_any_budget_that_holds_the_longest(
 
 
 @pytest.mark.parametrize(
-    ("asked", "more"),
+    ("asked", "draw"),
     [
-        ({}, -300),
-        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, -300),
-        ({"temperature": 0.7, "top_k": 64, "min_p": 0.1, "logprobs": 5}, -300),
-        ({"temperature": 0.7, "top_k": 65}, 0),
-        ({"temperature": 0.7, "top_p": 0.8}, 0),
-        ({"temperature": 0.7}, 0),
-        ({"repetition_penalty": 1.1}, 0),
-        ({"presence_penalty": 0.5}, 0),
-        ({"frequency_penalty": 0.5}, 0),
-        ({"logit_bias": {3: 1.0}}, 0),
-        ({"temperature": 0.7, "top_k": 20, "xtc_probability": 0.5}, 1_000),
+        ({}, 200),
+        ({"temperature": 0.7, "top_k": 20, "top_p": 0.8}, 200),
+        ({"temperature": 0.7, "top_k": 64, "min_p": 0.1, "logprobs": 5}, 200),
+        ({"temperature": 0.7, "top_k": 65}, 500),
+        ({"temperature": 0.7, "top_p": 0.8}, 500),
+        ({"temperature": 0.7}, 500),
+        ({"repetition_penalty": 1.1}, 500),
+        ({"presence_penalty": 0.5}, 500),
+        ({"frequency_penalty": 0.5}, 500),
+        ({"logit_bias": {3: 1.0}}, 500),
+        ({"temperature": 0.7, "top_k": 20, "xtc_probability": 0.5}, 1_500),
     ],
 )
-def test_a_row_is_charged_by_how_it_draws(asked: dict[str, Any], more: int) -> None:
-    facts = replace(FACTS, transient=replace(TRANSIENT, costly_draw=1_000, lean_draw=300))
+def test_a_row_is_charged_by_how_it_draws(asked: dict[str, Any], draw: int) -> None:
+    facts = replace(FACTS, transient=replace(TRANSIENT, usual_draw=500, costly_draw=1_500, lean_draw=200))
     row = board(sequence(1, 50))
     row.sampling = Sampling(**asked)
     row.launched = row.computed = len(row.tokens) - 1
     plan = schedule([row], facts, PLENTY)
     assert isinstance(plan, Plan)
-    usual = facts.transient.step.peak([(1, row.launched + 1)])
-    assert plan.transient == with_margin(usual + more) + COSTS.states
+    step = facts.transient.step.peak([(1, row.launched + 1)])
+    assert plan.transient == with_margin(step + draw) + COSTS.states
 
 
 def test_growth_preempts_the_youngest_and_computes_little_twice() -> None:

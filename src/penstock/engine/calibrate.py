@@ -98,9 +98,9 @@ def calibrate(
     long = max(1, min(LONG, context_length - spare - 2, max(LEAST_LONG, quarter)))
     deep = bench.deep([n for n in (s.chunks[0][0] for s in alone) if n <= spare], long)
     steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
-    _, costly, lean = bench.draws()
+    draws = bench.draws()
     bench.close()
-    return Transient(fit_curve(alone, deep, per_score), fit(steps), costly, lean)
+    return Transient(fit_curve(alone, deep, per_score), fit(steps), *draws)
 
 
 class _Bench:
@@ -150,10 +150,14 @@ class _Bench:
             pairs.append([self._chunk(length, k) for k in (long // 2, long)])
         return [sample for pair in pairs for _, sample in pair]
 
-    def step(self, count: int, context: int) -> Sample:
-        """Two decode steps, the second launched before the first is read, as in service."""
+    def step(self, count: int, context: int, sampling: Sampling = LEAN[0]) -> Sample:
+        """Two decode steps, with the simplest draws, the second launched before the first is read.
+
+        In service each has a lease of its own. But a GPU that is busy frees nothing while a step is launched,
+        and an idle one does; so this is what one step may hold.
+        """
         rows = self._stand(count, context, 4)
-        batch = SamplingBatch([USUAL] * count, self.vocab_size)
+        batch = SamplingBatch([sampling] * count, self.vocab_size)
         history = [array("I", [0]) * 64] * count
         inputs = mx.zeros(count, mx.int32)
         mx.eval(self.runner.decode(rows, inputs))  # stacks the states
@@ -169,7 +173,7 @@ class _Bench:
         return Sample(tuple((1, context) for _ in range(count)), peak)
 
     def draw(self, *rows: Sampling) -> int:
-        """Bytes that drawing these rows' ids holds; two steps' draws may be in flight."""
+        """Bytes that drawing these rows' ids holds."""
         self.beat()
         count, batch = len(rows), SamplingBatch(rows, self.vocab_size)
         logits, inputs = mx.zeros((count, self.vocab_size)), mx.zeros(count, mx.int32)
@@ -177,14 +181,14 @@ class _Bench:
         base = _settled()
         history = [array("I", [0])] * count
         mx.eval(sample(logits + 1, batch, [1] * count, history, inputs, excluded=[(0,)] * count))
-        return 2 * (int(mx.get_peak_memory()) - base)
+        return int(mx.get_peak_memory()) - base
 
     def draws(self) -> tuple[int, int, int]:
-        """What a usual draw holds, how much more a costly one, and how much less a lean one, in bytes."""
+        """Bytes that a usual draw holds, a costly one, and a lean one."""
         kinds = [(USUAL,), (COSTLY,), *((USUAL, rows) for rows in LEAN)]
         usual, costly, *beside = (max(self.draw(*rows) for _ in range(DRAWS)) for rows in kinds)
         # In company the logits of a lean draw's row are copied and reported of as the others' are.
-        return usual, max(0, costly - usual), max(0, 2 * usual - max(beside))
+        return usual, max(usual, costly), max(0, max(beside) - usual)
 
     def close(self) -> None:
         """Let go of the rows."""

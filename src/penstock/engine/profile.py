@@ -66,6 +66,7 @@ def save(key: str, transient: Transient) -> None:
 class _Profile(msgspec.Struct, frozen=True):
     chunk: Curve
     step: Scalars
+    usual_draw: int
     costly_draw: int
     lean_draw: int
     constants: int

@@ -127,10 +127,12 @@ class Transient:
 
     chunk: Shape
     step: Scalars
+    usual_draw: int = 0
+    """Bytes of a row's draw, beside what `step` knows of: whatever it asks for but XTC."""
     costly_draw: int = 0
-    """Bytes more of a row whose draw asks for XTC: it sorts the whole vocabulary twice."""
+    """The same where it asks for XTC, which sorts the whole vocabulary twice."""
     lean_draw: int = 0
-    """Bytes less of a row whose draw takes the likeliest id, or one of a few, and changes no logits."""
+    """The same where it takes the likeliest id, or one of a few, and changes no logits."""
     constants: int = 0
     """Bytes that the model keeps beside its weights once it has run: masks, frequencies."""
 
@@ -143,8 +145,10 @@ class Transient:
 
         `costly`, `lean`: how many of them make such a draw.
         """
-        peak = self.step.peak([(1, length) for length in lengths])
-        return with_margin(peak + costly * self.costly_draw - lean * self.lean_draw)
+        rows = [(1, length) for length in lengths]
+        draws = costly * self.costly_draw + lean * self.lean_draw
+        draws += (len(rows) - costly - lean) * self.usual_draw
+        return with_margin(self.step.peak(rows) + draws)
 
     def longest_chunk(self, room: int, context: int, most: int) -> int:
         """The longest chunk, at most `most`, whose peak fits into `room` bytes; 0 if not even one id does."""
