@@ -99,4 +99,5 @@ def test_work_may_run_ahead_as_far_as_the_budget() -> None:
     accounts = Accounts(1000, 100, Costs(1, 1, 0, 0, 1), set_throttle=told.append)
     accounts.set_budget(900)
     accounts.set_budget(40)  # below what lasts no operation would run beside another
-    assert told == [900, accounts.ledger.held]
+    accounts.begin(700)
+    assert told == [900, 150, 850], "as far as what is held, where that is more"

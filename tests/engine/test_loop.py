@@ -205,6 +205,58 @@ def test_the_pace_of_a_prefill_counts_what_its_launch_takes(engine: EngineLoop) 
     assert pace >= 0.2 / 64
 
 
+def test_the_pace_is_the_same_beside_a_stream(engine: EngineLoop) -> None:
+    """A step that was read after a chunk's launch would have hidden most of the chunk's time."""
+    engine.loop.runner = Blocking(engine.loop.runner, 0.1)
+    engine.submit(prompt(40), max_tokens=60)
+    paces = []
+    for seed in range(4):
+        engine.submit(prompt(50, seed + 2), max_tokens=3)
+        for _ in range(8):
+            engine.turn()
+        assert engine.loop.facts.seconds_per_prefill_id is not None
+        paces.append(engine.loop.facts.seconds_per_prefill_id)
+    engine.play()
+    assert min(paces) >= 0.1 / 50
+
+
+class Witness:
+    """A runner that looks how much of a stream has been told when a chunk is launched."""
+
+    def __init__(self, engine: EngineLoop, stream: int) -> None:
+        self.runner, self.engine, self.stream = engine.loop.runner, engine, stream
+        self.seen: list[tuple[int, int]] = []
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self.runner, name)
+
+    def prefill(self, row: object, ids: object) -> object:
+        sequence = self.engine.loop.sequences.get(self.stream)
+        if sequence is not None and sequence.launched >= sequence.prompt_length:
+            told = sum(
+                len(r.tokens)
+                for message in self.engine.channel.sent
+                if isinstance(message, wire.Step)
+                for r in message.rows
+                if r.id == self.stream
+            )
+            told += len(self.engine.answers[self.stream].tokens)
+            self.seen.append((told, sequence.launched + 1 - sequence.prompt_length))
+        return self.runner.prefill(row, ids)  # type: ignore[arg-type]
+
+
+def test_what_a_stream_has_drawn_is_told_before_a_chunk_is_launched(engine: EngineLoop) -> None:
+    stream = engine.submit(prompt(20), sampling=HOT, max_tokens=100)
+    for _ in range(6):
+        engine.turn()
+    witness = Witness(engine, stream)
+    engine.loop.runner = witness  # type: ignore[assignment]
+    engine.submit(prompt(500, 5), max_tokens=3)
+    engine.play()
+    assert len(witness.seen) >= 7
+    assert all(told == drawn for told, drawn in witness.seen), witness.seen
+
+
 class Faulty:
     """A runner whose `decode` raises at chosen calls, as MLX raises at launch."""
 
@@ -239,10 +291,10 @@ def test_an_error_between_two_layers_of_a_chunk_leaves_no_trace(
     expected = [alone(model, prompt(n, n), max_tokens=10).tokens for n in (90, 200)]
     engine, mark, marks = make(model), pace.mark, itertools.count()
 
-    def fails(written: mx.array) -> None:
+    def fails(*written: mx.array) -> None:
         if next(marks) in (6, 17, 30):
             raise RuntimeError("[METAL] Command buffer execution failed: Insufficient Memory")
-        mark(written)
+        mark(*written)
 
     monkeypatch.setattr(pace, "mark", fails)
     ids = [engine.submit(prompt(n, n), max_tokens=10) for n in (90, 200)]

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from penstock.engine.rows import Row, RowKV, RowState, StateStack, unknown
+from penstock.engine.rows import Row, RowKV, RowState, RowWindow, StateStack, unknown
 from penstock.memory.costs import GROWTH, grown
 
 from mlx_lm.models.cache import (  # isort: skip - after our package, which makes this import light
@@ -100,7 +100,7 @@ def test_growing_a_row_doubles_one_layer_at_a_time() -> None:
 
 def test_lists_of_caches_are_owned_and_opened() -> None:
     row = Row([CacheList(ArraysCache(2), KVCache()), RotatingKVCache(8), KVCache()], 30)
-    assert [type(leaf) for leaf in row.leaves] == [RowState, RowKV, RotatingKVCache, RowKV]
+    assert [type(leaf) for leaf in row.leaves] == [RowState, RowKV, RowWindow, RowKV]
     assert [cache.capacity for cache in row.kv] == [30, 30]
     assert unknown(row.caches) is None
     assert unknown([CacheList(ChunkedKVCache(8))]) == "ChunkedKVCache"

@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from penstock.engine.rows import Row, RowKV, RowState
+from penstock.engine.rows import Row, RowKV, RowState, RowWindow
 
 
 @dataclass(slots=True, eq=False)
@@ -55,7 +55,7 @@ def obstacle(row: Row) -> str | None:
     """Why rows of this model cannot be cached: a cache class without an exact rule. None: they can."""
     for leaf in row.leaves:
         plain = type(leaf) in (RowKV, RowState)
-        window = type(leaf) is RotatingKVCache and leaf.keep == 0
+        window = type(leaf) is RowWindow and leaf.keep == 0
         if not plain and not window:
             return type(leaf).__name__
     return None

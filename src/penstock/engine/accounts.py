@@ -53,7 +53,7 @@ class Accounts:
         budget = min(budget, self.ceiling)
         self.departures += budget > self.ledger.budget
         self.ledger.budget = budget
-        self.set_throttle(max(budget, self.ledger.held))  # below, every operation would wait for the last
+        self._throttle()
 
     @property
     def lasting(self) -> int:
@@ -93,7 +93,13 @@ class Accounts:
 
     def begin(self, transient: int) -> Lease:
         """The lease of a step's transient, to be released when the step was read."""
-        return self._take(Account.TRANSIENT, transient)
+        lease = self._take(Account.TRANSIENT, transient)
+        self._throttle()
+        return lease
+
+    def _throttle(self) -> None:
+        # Below what is held, which may be more than the budget, every operation would wait for the last.
+        self.set_throttle(max(self.ledger.budget, self.ledger.held))
 
     def audit(self, rows: Mapping[int, int], cached: Iterable[Lease], active: int) -> list[Finding]:
         """Compare with what the rows hold, by sequence id, and with all that the allocator has handed out."""

@@ -44,7 +44,7 @@ from penstock.engine.scheduler import (
 )
 from penstock.engine.sequence import Sequence
 from penstock.engine.status import Reporter
-from penstock.engine.step import FAILURES, InFlight, check, collect_errors, inputs, lists, members
+from penstock.engine.step import FAILURES, InFlight, answers, check, collect_errors, inputs, members
 from penstock.guilt import MEMORY_WORDS, judge
 from penstock.memory.ledger import Account
 from penstock.memory.predict import MARGIN, Correction
@@ -82,10 +82,7 @@ class Loop:
         pipelined: bool = True,
     ) -> None:
         self.runner = runner
-        self.channel = channel
-        self.page = page
-        self.facts = facts
-        self.accounts = accounts
+        self.channel, self.page, self.facts, self.accounts = channel, page, facts, accounts
         self.active: Callable[[], int] = mx.get_active_memory
         self.cache = cache
         self.leaving: list[Sequence] = []
@@ -93,17 +90,14 @@ class Loop:
         self.counts: Counter[str] = Counter()
         self.reporter = Reporter(accounts, cache, self.counts)
         self.runnable = False
-        self.context_length = context_length
-        self.eos_ids = eos_ids
-        self.grammars = grammars
-        self.drawing = drawing
+        self.context_length, self.eos_ids = context_length, eos_ids
+        self.grammars, self.drawing = grammars, drawing
         self.pipelined = pipelined
         self.sequences: dict[int, Sequence] = {}
         self.in_flight: InFlight | None = None
         self.report = wire.Step([], [], [], [])
         self.running = Running(page)
-        self.read_at = 0.0
-        self.trial = False
+        self.read_at, self.trial = 0.0, False
 
     def run(self) -> None:
         """Serve until the front closes the channel or says `Shutdown`."""
@@ -153,14 +147,15 @@ class Loop:
             decision = schedule(self.sequences.values(), facts, room)
             if isinstance(decision, Plan) and self._enter(decision):
                 continue
-            if isinstance(decision, Plan):
+            reads = decision.chunk if isinstance(decision, Plan) else not isinstance(decision, Admit)
+            if reads and self.in_flight is not None:
+                self._read()  # its transient is about to be free, and a row may end
+            elif isinstance(decision, Plan):
                 if decision:
                     self.accounts.restore_pool(decision.transient)
                 return decision
-            if self.in_flight is not None and not isinstance(decision, Admit):
-                self._read()  # its transient is about to be free, and a row may end
-                continue
-            self._apply(decision)
+            else:
+                self._apply(decision)
 
     def _enter(self, plan: Plan) -> bool:
         """Look into the cache for a sequence before its first step, as late as may be; then plan anew."""
@@ -307,6 +302,7 @@ class Loop:
             if plan.decode:
                 self._launch_decode(step)
             if plan.chunk is not None:
+                self._hear(step)
                 step.chunk_arrays = self._launch_chunk(plan.chunk)
         except BaseException:
             self.accounts.ledger.release(lease)
@@ -338,6 +334,16 @@ class Loop:
         step.draws = self.drawing.draw(step.rows, *step.forward, masks)
         step.forward = None
 
+    def _hear(self, step: InFlight) -> None:
+        """Read and tell the ids of a step before its chunk, whose launch takes as long as the chunk does."""
+        if step.forward is not None:
+            self._draw(step)
+        if step.draws is not None:
+            self._read_draws(step, step.draws)
+            self._was_read(step, decoded=True)
+            step.draws = None
+        self._emit()
+
     def _launch_chunk(self, chunk: Chunk) -> Any:
         sequence = chunk.sequence
         self.running.prefill(sequence, chunk.length, self.facts.seconds_per_prefill_id or 0.0)
@@ -360,15 +366,17 @@ class Loop:
             if step.draws is not None:
                 self._read_draws(step, step.draws)
             if step.chunk is not None:
-                self._emit()
                 self._read_chunk(step)
             self._observe(step)
         finally:
             self.accounts.ledger.release(step.lease)
-        self.running.read(step.seconds(self.read_at), step.draws is not None)
+        self._was_read(step, decoded=step.draws is not None)
+        self._let_go(left)
+
+    def _was_read(self, step: InFlight, *, decoded: bool) -> None:
+        self.running.read(step.seconds(self.read_at), decoded)
         self.read_at = time.monotonic()
         self.page.step_done()
-        self._let_go(left)
 
     def _observe(self, step: InFlight) -> None:
         """Compare the peak since the last read with what is granted. Rows not yet written make it smaller."""
@@ -380,18 +388,13 @@ class Loop:
         self.reporter.observed(granted, measured, self.correction.factor)
 
     def _read_draws(self, step: InFlight, draws: Sampled) -> None:
-        tokens, logprobs, top = lists(draws)
-        check()
-        for i, sequence in enumerate(step.rows):
+        for sequence, row in answers(step.rows, draws):
             if self.sequences.get(sequence.id) is not sequence:
                 continue  # it ended before this step: a spare draw
-            sequence.tokens.append(tokens[i])
+            sequence.tokens.append(row.tokens[0])
             sequence.computed = len(sequence.tokens) - 1
-            asked = sequence.sampling.logprobs
-            chosen = [logprobs[i]] if logprobs is not None and asked is not None else None
-            likeliest = [top[i][:asked]] if top is not None and asked else None
-            self.report.rows.append(wire.Row(sequence.id, [tokens[i]], chosen, likeliest))
-            if verdict := self.grammars.advance(sequence, tokens[i]):
+            self.report.rows.append(row)
+            if verdict := self.grammars.advance(sequence, row.tokens[0]):
                 self._end(sequence, **verdict)
             elif reason := sequence.finish_reason(self.eos_ids):
                 self._end(sequence, reason)

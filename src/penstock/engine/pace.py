@@ -30,8 +30,13 @@ def layer_by_layer() -> Iterator[None]:
         _marks = None
 
 
-def mark(written: mx.array) -> None:
-    """A layer has (lazily) written this; nothing happens outside of `layer_by_layer`.
+def is_on() -> bool:
+    """Whether somebody launches by layers."""
+    return _marks is not None
+
+
+def mark(*written: mx.array) -> None:
+    """A layer has (lazily) written these; nothing happens outside of `layer_by_layer`.
 
     The wait is for the layer before, and here, so that its buffers are free when the next one is launched.
     One number is waited for: a view would keep its buffer, a lone element owns itself.
@@ -39,7 +44,7 @@ def mark(written: mx.array) -> None:
     global _marks  # noqa: PLW0603
     if _marks is None:
         return
-    element = mx.contiguous(written[(slice(1),) * written.ndim])
-    mx.async_eval(element)  # type: ignore[no-untyped-call]
+    element = mx.contiguous(written[-1][(slice(1),) * written[-1].ndim])
+    mx.async_eval(element, *written[:-1])  # type: ignore[no-untyped-call]
     mx.eval(_marks)
     _marks = [element]

@@ -2,7 +2,7 @@
 
 Owns `Row` (the caches of all layers, and how many positions they hold), `RowKV` (keys and values of one
 layer in a buffer that is allocated once and written in place) and `StateStack` (recurrent states of the rows
-that decode together). Windowed layers keep mlx-lm's RotatingKVCache, one per row.
+that decode together). Windowed layers keep a RotatingKVCache of mlx-lm's kind, one per row.
 Refuses to share a buffer between rows: K/V are written in place, so a second owner would see it or force a
 copy. Invariant: a row's recurrent arrays are either in the row or in the stack, never in both.
 """
@@ -57,6 +57,7 @@ class RowKV:
         self.keys[..., start:end, :] = keys
         self.values[..., start:end, :] = values  # type: ignore[index]
         self.offset = end
+        pace.mark(self.keys)
         return self.keys_and_values()
 
     def keys_and_values(self) -> tuple[mx.array, mx.array]:
@@ -81,13 +82,28 @@ class RowKV:
         return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)  # type: ignore[union-attr]
 
 
+class RowWindow(RotatingKVCache):  # type: ignore[misc]
+    """One row's windowed layer: mlx-lm's cache, which tells `pace` when it was written."""
+
+    def update_and_fetch(self, keys: mx.array, values: mx.array) -> Any:
+        fetched = super().update_and_fetch(keys, values)
+        pace.mark(fetched[0])
+        return fetched
+
+
 class RowState(ArraysCache):  # type: ignore[misc]
     """One row's recurrent state of one layer: mlx-lm's cache, which tells `pace` when it was written."""
 
     def __setitem__(self, entry: int, value: Any) -> None:
         super().__setitem__(entry, value)
-        if entry == len(self.cache) - 1 and value is not None:
-            pace.mark(value)
+        if entry == len(self.cache) - 1 and pace.is_on():
+            # Models store slices of a whole chunk: it need not stay until the last layer is done.
+            self.unpin()
+            pace.mark(*_arrays(self))
+
+    def unpin(self) -> None:
+        """Let it own its bytes and no more."""
+        self.cache: list[Any] = [None if array is None else mx.contiguous(array) for array in self.cache]
 
 
 def _enlarged(buffer: mx.array, used: int, capacity: int) -> mx.array:
@@ -110,11 +126,13 @@ Leaf = Any
 
 
 def owned(cache: Any, capacity: int) -> Any:
-    """mlx-lm's fresh cache of one layer as the row keeps it: plain KV and states in our classes."""
+    """mlx-lm's fresh cache of one layer as the row keeps it: in our classes, but for those unknown to us."""
     if type(cache) is KVCache:
         return RowKV(capacity)
     if type(cache) is ArraysCache:
         return RowState(len(cache.cache))
+    if type(cache) is RotatingKVCache:
+        return RowWindow(cache.max_size, cache.keep)
     if type(cache) is CacheList:
         return CacheList(*(owned(inner, capacity) for inner in cache.caches))
     return cache
@@ -131,7 +149,7 @@ def leaves(caches: Iterable[Any]) -> list[Leaf]:
 def unknown(caches: Iterable[Any]) -> str | None:
     """The name of a cache class that has no ragged form, if there is one."""
     for leaf in leaves(caches):
-        if type(leaf) not in (RowKV, RotatingKVCache, RowState):
+        if type(leaf) not in (RowKV, RowWindow, RowState):
             return type(leaf).__name__
     return None
 
@@ -204,7 +222,7 @@ class Row:
         until the next position comes.
         """
         for cache in self.states:
-            cache.cache = [None if array is None else mx.contiguous(array) for array in cache.cache]
+            cache.unpin()
         for window in self.leaves:
             if isinstance(window, RotatingKVCache):
                 _shrink(window)

@@ -152,11 +152,12 @@ def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | 
     if measure := _make_room(-free, room, on_board):
         return measure
     streams_run = any(s.decodable for s in on_board)
-    chunk = _chunk([s for s in stepping if s.prefill_left], streams_run, facts, free)
+    # The rows' draws are read before the chunk is launched: what the rows held is free by then.
+    chunk = _chunk([s for s in stepping if s.prefill_left], streams_run, facts, free + transient)
     if chunk is not None:
         needed = facts.transient.prefill(chunk.length, chunk.sequence.launched)
-        transient += needed
-        free -= needed
+        free -= max(0, needed - transient)
+        transient = max(transient, needed)
         if measure := _make_room(-free, room, on_board):
             return measure
     return _admission(ordered, on_board, facts, room, free) or Plan(grow, decode, chunk, transient)

@@ -4,8 +4,7 @@ Owns the patch of `mlx_lm.models.base.scaled_dot_product_attention` and `RaggedA
 returns in a ragged decode step: the keys (or values) of all rows, each of its own length. Model code passes
 it on to the attention function untouched, or (MLA) multiplies with it first.
 Refuses every other use of a `RaggedArray`, loudly: an operation that MLX would carry out on the empty
-payload gives a wrong answer without an error. Invariant: calls with ordinary keys are mlx-lm's own; they only
-tell `pace` where a chunk has come to.
+payload gives a wrong answer without an error. Invariant: calls with ordinary keys are mlx-lm's own.
 """
 
 from __future__ import annotations
@@ -17,8 +16,6 @@ from typing import Any, NoReturn
 
 import mlx.core as mx
 from mlx_lm.models import base
-
-from penstock.engine import pace
 
 SEAM = "scaled_dot_product_attention"
 _PARAMETERS = ("queries", "keys", "values", "cache", "scale", "mask", "sinks")
@@ -94,7 +91,6 @@ def attention(
     """
     assert _original is not None
     if not isinstance(keys, RaggedArray):
-        pace.mark(keys)
         return _original(queries, keys, values, cache=cache, scale=scale, mask=mask, sinks=sinks)
     count = len(keys.parts)
     if isinstance(mask, RaggedArray):

@@ -13,6 +13,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from penstock import wire
 from penstock.engine.sampler import Sampled
 from penstock.engine.scheduler import Chunk
 from penstock.engine.sequence import Sequence
@@ -88,6 +89,19 @@ def lists(draws: Sampled) -> tuple[list[int], list[float] | None, list[list[tupl
     ids: Any = draws.top_ids.tolist()
     values: Any = draws.top_logprobs.tolist()
     return tokens, logprobs, [list(zip(*pair, strict=True)) for pair in zip(ids, values, strict=True)]
+
+
+def answers(rows: tuple[Sequence, ...], draws: Sampled) -> list[tuple[Sequence, wire.Row]]:
+    """What there is to tell of each row's draw, once it is read and nothing has failed before it."""
+    tokens, logprobs, top = lists(draws)
+    check()
+    found = []
+    for i, sequence in enumerate(rows):
+        asked = sequence.sampling.logprobs
+        chosen = [logprobs[i]] if logprobs is not None and asked is not None else None
+        likeliest = [top[i][:asked]] if top is not None and asked else None
+        found.append((sequence, wire.Row(sequence.id, [tokens[i]], chosen, likeliest)))
+    return found
 
 
 def check() -> None:
