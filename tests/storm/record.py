@@ -49,7 +49,7 @@ class Record:
         """Bytes that the prompt cache held more while it copied, and what it had room for."""
         self.expect(measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted")
         if measured > TOLERANCE:
-            self.ratios[kind].append((measured / leased, measured))
+            self.ratios[kind].append((measured / (leased + TOLERANCE), measured))
 
     def median_in_use(self) -> float:
         return statistics.median(self.in_use) if self.in_use else 0.0
