@@ -140,9 +140,9 @@ def test_no_company_draws_with_more_than_its_rows_are_charged() -> None:
         {"top_k": 64, "temperature": 1.0, "logprobs": 3},
     ]
     tight = []
-    for _ in range(40):
-        asked = [rng.choice([*plain, *SETTINGS]) for _ in range(rng.randint(1, 6))]
-        asked = [{**a, **PENALTIES} if rng.random() < 0.2 else a for a in asked]
+    companies = [[rng.choice([*plain, *SETTINGS]) for _ in range(rng.randint(1, 6))] for _ in range(40)]
+    companies = [[{**a, **PENALTIES} if rng.random() < 0.2 else a for a in asked] for asked in companies]
+    for asked in [*companies, [plain[0], *4 * [plain[2]]], [plain[2], *4 * [plain[0]]]]:
         rows = [Sampling(**fields) for fields in asked]  # type: ignore[arg-type]
         sequences = [Sequence(Submit(i, bytes(8), row, i), 100) for i, row in enumerate(rows)]
         charges = [lean if s.lean_draw else costly if s.costly_draw else usual for s in sequences]
