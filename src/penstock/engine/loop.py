@@ -149,7 +149,7 @@ class Loop:
                 continue
             reads = decision.chunk if isinstance(decision, Plan) else not isinstance(decision, Admit)
             if reads and self.in_flight is not None:
-                self._read()  # its transient is about to be free, and a row may end
+                self._read()  # its transient goes, a row may end, and a chunk's launch would hide it
             elif isinstance(decision, Plan):
                 if decision:
                     self.accounts.restore_pool(decision.transient)
@@ -340,7 +340,7 @@ class Loop:
             self._draw(step)
         if step.draws is not None:
             self._read_draws(step, step.draws)
-            self._was_read(step, decoded=True)
+            self._was_read(step)
             step.draws = None
         self._emit()
 
@@ -370,11 +370,11 @@ class Loop:
             self._observe(step)
         finally:
             self.accounts.ledger.release(step.lease)
-        self._was_read(step, decoded=step.draws is not None)
+        self._was_read(step)
         self._let_go(left)
 
-    def _was_read(self, step: InFlight, *, decoded: bool) -> None:
-        self.running.read(step.seconds(self.read_at), decoded)
+    def _was_read(self, step: InFlight) -> None:
+        self.running.read(step.seconds(self.read_at), step.draws is not None)
         self.read_at = time.monotonic()
         self.page.step_done()
 

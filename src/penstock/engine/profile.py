@@ -18,6 +18,7 @@ from typing import Any
 
 import mlx.core as mx
 import msgspec
+from msgspec import structs
 
 from penstock import __version__
 from penstock.memory.predict import Curve, Scalars, Transient
@@ -47,7 +48,7 @@ def load(key: str) -> Transient | None:
         stored = msgspec.json.decode(_path(key).read_bytes(), type=_Profile)
     except (OSError, ValueError):
         return None
-    return Transient(**{name: getattr(stored, name) for name in _Profile.__struct_fields__})
+    return Transient(**structs.asdict(stored))
 
 
 def save(key: str, transient: Transient) -> None:
