@@ -8,7 +8,7 @@ SEED ?= 0
 WORKERS ?= 2
 
 # MLX's CPU wheel on Linux is slow without OpenBLAS; elsewhere this is empty.
-PRELOAD = LD_PRELOAD="$$($(PY) -c 'from penstock.platform import engine_environment as e; print(e({}).get("LD_PRELOAD", ""))')"
+PRELOAD = env $$($(PY) -c 'from penstock.platform import engine_environment as e; print(*(f"{k}={v}" for k, v in e({}).items() if "MALLOC" not in k))')
 
 .PHONY: serve test test-clients test-clients-slow test-dashboard test-chaos test-metal test-storm test-conformance fuzz venv install lint format bench demo-model docs lock
 

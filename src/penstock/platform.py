@@ -32,6 +32,11 @@ _OPENBLAS = (
     "/usr/lib/libopenblas.so.0",
     "/usr/local/lib/libopenblas.so.0",
 )
+_KERNELS = {
+    "SkylakeX": {"avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"},
+    "Haswell": {"avx2", "fma"},
+}
+"""OpenBLAS's kernels by what they need of the processor, the fastest first."""
 _RXT_CONNDROPTIME = 0x80
 """Darwin's TCP_USER_TIMEOUT, in seconds; Python has no name for it."""
 _MALLOC = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "1048576"}
@@ -78,10 +83,21 @@ def openblas() -> str | None:
     return next((path for form in _OPENBLAS if os.path.exists(path := form.format(machine=machine))), None)
 
 
+def openblas_kernels(cpuinfo: Path = Path("/proc/cpuinfo")) -> str | None:
+    """The fastest of OpenBLAS's kernels that the processor can run; None: leave it to OpenBLAS."""
+    try:
+        found = re.search(r"^flags\s*:(.*)$", cpuinfo.read_text(encoding="utf-8"), re.MULTILINE)
+    except OSError:
+        return None
+    flags = set(found[1].split()) if found else set()
+    return next((name for name, needed in _KERNELS.items() if needed <= flags), None)
+
+
 def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
     """The environment to start an engine with: `base`, and on Linux's CPU back end what MLX needs there.
 
-    MLX's CPU wheel links a reference BLAS; a preloaded OpenBLAS answers its calls instead. glibc keeps what
+    MLX's CPU wheel links a reference BLAS; a preloaded OpenBLAS answers its calls instead. It takes a
+    processor newer than itself for one of 2004, so its kernels are named for it. glibc keeps what
     MLX frees (its thresholds grow with use), so that limits on processes count bytes that no ledger knows:
     with thresholds that are set, large arrays go back to the system when they are freed.
     """
@@ -91,6 +107,8 @@ def engine_environment(base: Mapping[str, str]) -> dict[str, str]:
         return environment
     for name, value in _MALLOC.items():
         environment.setdefault(name, value)
+    if (kernels := openblas_kernels()) is not None:
+        environment.setdefault("OPENBLAS_CORETYPE", kernels)
     if "openblas" in preloaded:
         return environment
     library = openblas()

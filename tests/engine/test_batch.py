@@ -3,6 +3,7 @@
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -43,6 +44,11 @@ class Request:
 PLAN = [(5, 0, 30), (180, 0, 12), (40, 3, 24), (1, 5, 20), (2, 5, 4), (90, 12, 14), (23, 20, 12)]
 
 
+def build(name: str) -> Any:
+    """With deepseek_v3's first seed two experts' scores are so near that the kernels of a BLAS decide."""
+    return tiny_models.build(name, 1 if name == "deepseek_v3" else 0)
+
+
 def busy_requests(name: str) -> list[Request]:
     """The plan's requests, with what mlx-lm's own loop makes of each prompt alone."""
     return [Request(*entry, *expected(name, number)) for number, entry in enumerate(PLAN)]
@@ -52,7 +58,7 @@ def busy_requests(name: str) -> list[Request]:
 def expected(name: str, number: int) -> tuple[list[int], mx.array]:
     length, _, stays = PLAN[number]
     prompt = [(number * 37 + i * (number + 3)) % tiny_models.VOCAB for i in range(length)]
-    tokens, logprobs = tiny_models.reference(tiny_models.build(name), prompt, stays)
+    tokens, logprobs = tiny_models.reference(build(name), prompt, stays)
     return prompt + tokens, logprobs
 
 
@@ -88,7 +94,7 @@ def run(runner: Runner, requests: list[Request], tamper: Tamper | None = None, a
 
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_a_busy_batch_equals_each_row_alone(name: str) -> None:
-    runner = Runner(tiny_models.build(name))
+    runner = Runner(build(name))
     assert runner.mode == "ragged"
     requests = busy_requests(name)
     run(runner, requests)
@@ -134,7 +140,7 @@ def a_state_from_the_wrong_row(runner: Runner, live: list[Request]) -> None:
 )
 def test_a_broken_row_exceeds_the_tolerance_tenfold_and_alone(name: str, tamper: Tamper) -> None:
     requests = busy_requests(name)
-    run(Runner(tiny_models.build(name)), requests, tamper, at=8)
+    run(Runner(build(name)), requests, tamper, at=8)
     assert requests[0].difference >= 10 * TOLERANCE
     assert max(request.difference for request in requests[1:]) <= TOLERANCE
 
