@@ -66,7 +66,11 @@ def test_openblas_goes_before_what_was_preloaded_already() -> None:
 def test_openblas_is_told_which_kernels_a_processor_can_run_that_it_may_not_know(tmp_path: Path) -> None:
     cpuinfo = tmp_path / "cpuinfo"
     wide = "avx512f avx512bw avx512cd avx512dq avx512vl"
-    for flags, kernels in ((f"sse2 avx2 fma {wide}", "SkylakeX"), ("avx2 fma avx512f", "Haswell"), ("avx", None)):
+    for flags, kernels in (
+        (f"sse2 avx2 fma {wide}", "SkylakeX"),
+        ("avx2 fma avx512f", "Haswell"),
+        ("avx", None),
+    ):
         cpuinfo.write_text(f"model name\t: a new one\nflags\t\t: fpu {flags}\nbugs\t: avx2 fma\n")
         assert platform.openblas_kernels(cpuinfo) == kernels
     cpuinfo.write_text("Features\t: fp asimd\n")

@@ -51,7 +51,7 @@ def segments(runner: Runner, row: Row, upto: int, size: int = 32) -> list[Part]:
 
 def restored(runner: Runner, parts: list[Part], taken: store.Snapshot, capacity: int = 200) -> Row:
     row = runner.open(capacity)
-    store.assemble(row, parts)
+    store.assemble(row, [store.run(part) for part in parts])
     store.restore(row, taken)
     return row
 
@@ -124,13 +124,39 @@ def test_what_is_kept_owns_its_bytes_and_few_buffers() -> None:
     assert taken.size > 0
 
 
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_row_takes_over_what_nobody_else_holds_a_layer_at_a_time(moved: bool) -> None:
+    """Whether a segment has its layers together, as it is packed, or apart, as it is moved."""
+    runner = Runner(tiny_models.make(tiny_models.config_of("qwen3", num_hidden_layers=12)))
+    source = runner.open(2_000)
+    mx.eval(runner.prefill(source, [at % 200 for at in range(2_000)]))
+    ids = range(0, 2_000, 200)
+    if moved:
+        made = store.move(source, [(at, 200) for at in ids])
+    else:
+        made = [store.pack(source, at, 200) for at in ids]
+    runner.close(source)
+    limit = mx.set_cache_limit(0)
+    row, before = runner.open(2_000), mx.get_active_memory()
+    runs = [store.run(Part(segment, 0, segment.count)) for segment in made]
+    packed = sum(segment.size for segment in made)
+    del made
+    mx.reset_peak_memory()
+    store.separate(runs)
+    store.assemble(row, runs)
+    assert mx.get_peak_memory() - before <= packed / 10 + 400_000, "a segment or a layer of it, and pages"
+    assert mx.get_active_memory() - before <= 400_000
+    mx.set_cache_limit(limit)
+    runner.close(row)
+
+
 def test_a_row_is_written_in_place_after_it_was_read() -> None:
     runner = Runner(tiny_models.build("qwen3"))
     row = runner.open(4000)
     mx.eval(runner.prefill(row, IDS))
     lender = [Part(row, 0, 100)]
     other = runner.open(200)
-    store.assemble(other, lender)
+    store.assemble(other, [store.run(part) for part in lender])
     store.pack(row, 0, 100)
     mx.synchronize()
     mx.reset_peak_memory()
@@ -150,7 +176,7 @@ def test_a_row_is_assembled_in_no_more_than_its_own_bytes() -> None:
         row = runner.open(4000)
         held = mx.get_active_memory()
         mx.reset_peak_memory()
-        store.assemble(row, used)
+        store.assemble(row, [store.run(part) for part in used])
         assert mx.get_peak_memory() - held <= runner.row_bytes(row) + 16_384
         runner.close(row)
     mx.set_cache_limit(limit)

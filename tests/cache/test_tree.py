@@ -330,6 +330,33 @@ class TreeMachine(RuleBasedStateMachine):
             found += handle.ids[start : start + count]
         assert tuple(found) == ids[: match.usable]
 
+    @rule(space=SPACES, ids=IDS)
+    @precondition(lambda self: len(self.rows) < 4)
+    def take_over(self, space: str, ids: Ids) -> None:
+        """A new row gets what it can start from: as many bytes go as were promised, and it is all there."""
+        match = self.tree.match(space, ids_of(ids))
+        self.read(match, space, ids)
+        now, have, held = self.tick(), self.there(), self.tree.bytes
+        promised = self.tree.reusable(match)
+        row = Row(space, None, list(ids[: match.usable]))
+        row.cover = self.tree.lend(space, row)
+        self.rows.append(row)
+        assert self.tree.extend(row.cover, ids_of(row.ids), now) is None, "its path is there: nothing to cut"
+        freed = self.tree.give(row.cover)
+        spent = [handle for handle in freed if isinstance(handle, Row)]
+        went = sum(handle.size for handle in freed if handle in spent or len(handle.before) < match.usable)
+        assert went == promised or (self.pins and went < promised), "others still read some"
+        self.free(freed)
+        assert held - self.tree.bytes >= went
+        lost = have - self.there()
+        assert all(any(tuple(r.ids[: len(p)]) == p for r in spent) for _, p in lost), (
+            "only what they held beyond"
+        )
+        assert not any(p == ids[: len(p)] and len(p) <= match.usable for s, p in lost if s == space)
+        for other in spent:
+            assert len(other.ids) <= match.usable * (1 + tree_module.BEYOND)
+        self.remember()
+
     # What holds
 
     @invariant()

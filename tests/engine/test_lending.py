@@ -37,6 +37,7 @@ MOST = 12
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)
+    monkeypatch.setattr("penstock.memory.costs.SEGMENT", 16)
     monkeypatch.setattr("penstock.cache.tree.SPARE", 0.0)
 
 
@@ -44,15 +45,23 @@ def ids(count: int, seed: int) -> list[int]:
     return random.Random(seed).choices(range(200), k=count)
 
 
+@cache
+def model(name: str) -> Any:
+    """A hybrid with more than one plain layer: rows take a prefix over layer by layer."""
+    if name != "qwen3_5":
+        return tiny_models.build(name)
+    return tiny_models.make(tiny_models.config_of(name, full_attention_interval=2), scale=2.0)
+
+
 def make(name: str, cache_bytes: int | None = None) -> EngineLoop:
-    runner = Runner(tiny_models.build(name))
+    runner = Runner(model(name))
     return EngineLoop(runner, vocab_size=tiny_models.VOCAB, cache_bytes=cache_bytes, chunk_longest=32)
 
 
 @cache
 def per_id(name: str) -> int:
     """Bytes of an id's keys and values."""
-    return costs_of(Runner(tiny_models.build(name))).kv_per_token
+    return costs_of(Runner(model(name))).kv_per_token
 
 
 def submit(engine: EngineLoop, prompt: list[int], most: int = MOST) -> int:
@@ -112,6 +121,7 @@ def fail_next(engine: EngineLoop, how: Callable[[], mx.array]) -> None:
 
 SHARED = ids(100, 1)
 PARENT, CHILD, THIRD = SHARED + ids(40, 2), SHARED + ids(30, 3), SHARED[:61] + ids(30, 4)
+NEXT = PARENT + ids(25, 6)
 
 
 def lent_once(name: str) -> tuple[EngineLoop, int]:
@@ -251,6 +261,79 @@ def test_a_hit_that_fails_while_it_is_copied_drops_nothing(monkeypatch: pytest.M
     engine.close()
 
 
+def ends_unpacked(engine: EngineLoop, parent: int) -> None:
+    """Its buffers themselves become the tree's."""
+    quiet(engine)
+    engine.cache._lent(sequence(engine, parent))  # segments are cut where it parts from others
+    engine.cache._room = lambda size: False  # type: ignore[method-assign]
+    ends(engine, parent)
+    assert engine.cache._adopted
+    engine.cache.tidy = lambda: None  # type: ignore[method-assign]
+    del engine.cache._room  # type: ignore[method-assign]
+
+
+def room_for_one(engine: EngineLoop) -> None:
+    """The budget lacks a byte for a row of NEXT's beside what is cached."""
+    engine.turn()  # states of rows that left are gone by then
+    costs = engine.accounts.costs
+    more = costs.row(len(NEXT) + MOST) + costs.states - 1
+    engine.accounts.clear_pool()
+    engine.accounts.set_budget(engine.accounts.ledger.held + more)
+
+
+@pytest.mark.parametrize("end", [ends, ends_in_little_room, ends_unpacked])
+@pytest.mark.parametrize("name", NAMES)
+def test_a_row_takes_over_its_prefix_where_there_is_no_room_for_both(
+    name: str, end: Callable[[EngineLoop, int], None]
+) -> None:
+    """Nothing is evicted and computed again; the tree borrows it from the row from then on."""
+    engine, parent = lent_once(name)
+    end(engine, parent)
+    engine.cache.__dict__.pop("_room", None)
+    room_for_one(engine)
+    after = submit(engine, NEXT)
+    until(engine, lambda: bool(engine.answers[after].prefilled))
+    assert engine.loop.counts["taken_over"] == 1
+    assert engine.answers[after].cached >= 138
+    assert engine.cache.tree._held_twice() == (0, 0)
+    assert not engine.cache._adopted
+    check(engine.cache.tree)
+    beside = submit(engine, CHILD)
+    engine.play()
+    assert engine.loop.counts["preempt"] == engine.loop.counts["errors"] == 0
+    assert engine.answers[beside].cached >= 98 or name in ("qwen3_5", "gemma3_text"), "no state"
+    for id_, prompt in ((after, NEXT), (beside, CHILD)):
+        assert difference(engine.answers[id_], fresh(name, tuple(prompt))) <= TOLERANCE
+    engine.close()
+
+
+@pytest.mark.parametrize("at", range(1, 12, 3))
+@pytest.mark.parametrize("end", [ends, ends_unpacked])
+def test_an_error_while_a_prefix_is_taken_over_leaves_nothing_half(
+    at: int, end: Callable[[EngineLoop, int], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, parent = lent_once("qwen3")
+    end(engine, parent)
+    room_for_one(engine)
+    synchronize, calls = mx.synchronize, []
+
+    def fails_later() -> None:
+        calls.append(1)
+        if len(calls) == at:
+            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
+        synchronize()
+
+    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
+    after = submit(engine, NEXT)
+    engine.play()
+    monkeypatch.undo()
+    assert engine.loop.counts["taken_over"] >= 1
+    assert engine.loop.counts["errors"] == (len(calls) >= at)
+    check(engine.cache.tree)
+    assert difference(engine.answers[after], fresh("qwen3", tuple(NEXT))) <= TOLERANCE
+    engine.close()
+
+
 @pytest.mark.parametrize("at", [1, 3])
 @pytest.mark.parametrize("adopted", [False, True])
 def test_an_error_while_a_row_is_moved_leaves_nothing_half(
@@ -310,7 +393,7 @@ PROMPTS = [SHARED[:cut] + ids(tail, 10 * cut + tail) for cut in (35, 64, 77, 100
     PARENT,
     CHILD,
     THIRD,
-    PARENT + ids(25, 6),
+    NEXT,
 ]
 seen: Counter[str] = Counter()
 
@@ -376,6 +459,21 @@ class LendingMachine(RuleBasedStateMachine):
         else:
             self.engine.cache.__dict__.pop("_room", None)
 
+    @rule(prompt=st.sampled_from(PROMPTS), lacking=st.sampled_from([1, 10_000, 50_000]))
+    def ask_with_little_room(self, prompt: list[int], lacking: int) -> None:
+        """So many bytes are lacking for a row beside all that is held."""
+        quiet(self.engine)
+        accounts = self.engine.accounts
+        accounts.clear_pool()
+        accounts.keep_states(self.engine.loop.runner.orphans)
+        row = accounts.costs.row(len(prompt) + MOST) + accounts.costs.states
+        accounts.set_budget(accounts.ledger.held + row - lacking)
+        self.ask(prompt)
+
+    @rule()
+    def plenty(self) -> None:
+        self.engine.accounts.set_budget(self.engine.accounts.ceiling)
+
     @rule(share=st.sampled_from([0.1, 0.5, 1.0]))
     def evict(self, share: float) -> None:
         quiet(self.engine)
@@ -399,7 +497,9 @@ class LendingMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
+        engine.accounts.set_budget(engine.accounts.ceiling)
         engine.play()
+        seen["taken over"] += engine.loop.counts["taken_over"]
         for id_, prompt in self.asked.items():
             answer = engine.answers[id_]
             assert answer.ended is not None
@@ -427,7 +527,9 @@ def test_any_history_of_lending_computes_the_same(name: str) -> None:
         suppress_health_check=list(HealthCheck),
         database=None,
     )
-    wanted = ("shared", "cancelled in prefill", "preempted", "evicted while lent", "rescued", "hits")
+    wanted = ["shared", "cancelled in prefill", "preempted", "evicted while lent", "rescued", "hits"]
+    if name == "qwen3":  # the hybrid has two plain layers: seldom is half of a prefix much
+        wanted.append("taken over")
     for _ in range(8):
         run_state_machine_as_test(Machine, settings=chosen)
         if all(seen[what] >= 2 for what in wanted):

@@ -70,6 +70,24 @@ def test_a_chat_that_grows_computes_only_what_is_new(name: str) -> None:
     engine.close()
 
 
+@pytest.mark.parametrize("name", ["qwen3", "deepseek_v3"])
+def test_a_chat_that_fills_most_of_the_memory_computes_only_what_is_new(name: str) -> None:
+    """Its prefix and a row for its next turn are not there together: the one becomes the other."""
+    engine = make(name)
+    prompt = ids(3_000, 1)
+    for turn in range(4):
+        costs = engine.accounts.costs
+        row = costs.row(len(prompt) + 6) + costs.states
+        engine.accounts.clear_pool()
+        engine.cache.set_budget(row + max(costs.taking(len(prompt)), costs.kv_per_token * 400))
+        tokens, cached = ask(engine, prompt)
+        assert tokens == uncached(name, prompt), f"turn {turn}"
+        assert len(prompt) - cached <= (3_000 if turn == 0 else 61)
+        prompt = prompt + tokens + ids(60, 10 + turn)
+    assert engine.loop.counts["taken_over"] == 3
+    engine.close()
+
+
 def test_the_same_prompt_again_hits_up_to_its_last_id(engine: EngineLoop) -> None:
     prompt = ids(300, 2)
     first, cached = ask(engine, prompt, borders=[5, 290])

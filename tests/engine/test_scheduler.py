@@ -24,6 +24,7 @@ from penstock.engine.scheduler import (
     Room,
     account,
     choose_prompt,
+    entry_bytes,
     schedule,
 )
 from penstock.engine.sequence import Sequence
@@ -237,13 +238,58 @@ def test_with_the_budget_for_k_exactly_k_run_at_once(k: int) -> None:
 
 
 def test_nothing_waits_while_the_pool_or_the_cache_could_give_room() -> None:
-    waiting, running = sequence(1, 3_000), board(sequence(0, 100))
+    waiting, running = sequence(1, 3_000), board(sequence(0, 1), 1)
     short = Room(free=1_000_000, pool=4_000_000, evictable=4_000_000)
     assert isinstance(schedule([waiting, running], FACTS, short), ClearPool)
     assert isinstance(schedule([waiting, running], FACTS, replace(short, pool=0)), Evict)
     nothing = schedule([waiting, running], FACTS, replace(short, pool=0, evictable=0))
     assert isinstance(nothing, Plan)
     assert nothing.decode or nothing.chunk
+
+
+def test_cached_bytes_that_are_wanted_go_only_for_a_prompt_that_is_next() -> None:
+    """While another is prefilled that has less left it would only hold room; a shorter one goes first."""
+    reading = board(sequence(0, 2_000))
+    room = Room(free=1_000_000, evictable=4_000_000, recent=3_900_000)
+    assert isinstance(schedule([reading, sequence(1, 3_000)], FACTS, room), Plan)
+    assert isinstance(schedule([reading, sequence(1, 1_500)], FACTS, room), Evict)
+    returning = sequence(1, 3_000)
+    returning.found = 2_500
+    assert isinstance(schedule([reading, returning], FACTS, room), Evict)
+    old = replace(room, recent=0)
+    assert isinstance(schedule([reading, sequence(1, 3_000)], FACTS, old), Evict), "nobody misses it"
+
+
+def test_who_comes_back_to_a_cached_prefix_goes_first_but_not_for_ever() -> None:
+    """It saves most of its prefill, and would not if others took its prefix's place."""
+    head, returning = sequence(0, 1_000, max_tokens=5_000), sequence(1, 1_000, max_tokens=5_000)
+    assert schedule([head, returning], FACTS, PLENTY) == Admit(head, head.first_capacity)
+    returning.found = 499
+    assert schedule([head, returning], FACTS, PLENTY) == Admit(head, head.first_capacity)
+    returning.found = 600
+    passed = 0
+    while (admit := schedule([head, returning], FACTS, PLENTY)) == Admit(returning, 2_024, past=head):
+        admit.book()
+        passed += 1
+    assert passed == 3
+    assert admit == Admit(head, 2_024)
+
+
+def test_a_row_that_takes_over_its_prefix_needs_that_much_less() -> None:
+    waiting = sequence(0, 999, max_tokens=1)
+    plain, taking = entry_bytes(waiting, 1_000, FACTS), FACTS.costs.taking(999)
+    entry = (
+        FACTS.costs.row(1_000) + FACTS.costs.states + taking
+    )  # a part of the prefix is there twice for a moment
+    assert entry > plain
+    room = Room(free=entry - 500_000, evictable=500_000)
+    assert schedule([waiting], FACTS, room) == Evict(plain - room.free, waiting)
+    waiting.reuse = 500_000
+    assert schedule([waiting], FACTS, room) == Admit(waiting, 1_000)
+    less = replace(room, free=room.free - 1)
+    assert schedule([waiting], FACTS, less) == Evict(1, waiting), "what it may not take over may go for it"
+    none = replace(room, free=plain - 500_001)
+    assert schedule([waiting], FACTS, none) == GiveUp(waiting)
 
 
 def test_the_order_of_measures_for_a_row_that_must_grow() -> None:

@@ -193,6 +193,13 @@ def up(node: Node) -> Iterator[Node]:
         node = node.parent
 
 
+def place(node: Node, length: int) -> Node:
+    """The node on the way to this one in which the first `length` positions end; the root for none."""
+    while node.parent is not None and node.start >= length:
+        node = node.parent
+    return node
+
+
 def below(node: Node) -> list[Node]:
     """All nodes under one, without it, parents before children."""
     found = list(node.children.values())

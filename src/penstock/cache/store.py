@@ -51,6 +51,18 @@ class Part:
     count: int
 
 
+@dataclass(slots=True)
+class Run:
+    """Keys and values of `count` ids, of each layer in turn, (1, heads, count, width).
+
+    `grouped`: they are views of arrays that they share.
+    """
+
+    views: list[mx.array]
+    count: int
+    grouped: bool
+
+
 def obstacle(row: Row) -> str | None:
     """Why rows of this model cannot be cached: a cache class without an exact rule. None: they can."""
     for leaf in row.leaves:
@@ -103,17 +115,32 @@ def cut(segment: Segment, at: int) -> tuple[Segment, Segment]:
     return _segment(first, segment.order, at), _segment(rest, segment.order, segment.count - at)
 
 
-def assemble(row: Row, parts: Sequence[Part]) -> None:
-    """Fill an empty row with the keys and values of `parts`, one after the other, with room to its capacity.
+def run(part: Part) -> Run:
+    """A part's keys and values as views; whoever holds them holds the arrays."""
+    grouped = isinstance(part.source, Segment) and len(part.source.arrays) < len(part.source.order)
+    return Run(_pieces(part), part.count, grouped)
 
-    Layer by layer, each done before the next, so that nothing exists twice but what is read.
+
+def separate(runs: Iterable[Run]) -> None:
+    """Give each layer bytes of its own, run by run, so that `assemble` can let them go one by one."""
+    for run in runs:
+        if run.grouped:
+            run.views = [view + 0 for view in run.views]  # `contiguous` may keep the whole array
+            mx.eval(run.views)
+            mx.synchronize()
+
+
+def assemble(row: Row, runs: Sequence[Run]) -> None:
+    """Fill an empty row with the keys and values of `runs`, one after the other, with room to its capacity.
+
+    Uses them up, layer by layer, each done before the next: what nobody else holds exists twice for a layer.
     """
-    length = sum(part.count for part in parts)
-    pieces = [_pieces(part) for part in parts]
-    for layer, leaf in enumerate(row.kv):
-        leaf.keys, leaf.values = (
-            _joined([piece[2 * layer + which] for piece in pieces], row.capacity - length) for which in (0, 1)
-        )
+    length = sum(run.count for run in runs)
+    for leaf in row.kv:
+        for which in ("keys", "values"):
+            views = [run.views.pop(0) for run in runs]
+            setattr(leaf, which, _joined(views, row.capacity - length))
+            del views
         leaf.offset = length
         mx.eval(leaf.keys, leaf.values)
         mx.synchronize()

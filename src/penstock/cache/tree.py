@@ -18,15 +18,28 @@ from dataclasses import dataclass
 from typing import Any
 
 from penstock.cache.checkpoints import surplus
-from penstock.cache.holdings import Holdings
-from penstock.cache.nodes import WIDTH, Checkpoint, Cover, Node, Pin, Segment, common, enter, up, walk
+from penstock.cache.holdings import Holdings, total
+from penstock.cache.nodes import (
+    WIDTH,
+    Checkpoint,
+    Cover,
+    Node,
+    Pin,
+    Segment,
+    common,
+    enter,
+    place,
+    up,
+    walk,
+)
 from penstock.cache.value import is_read
+from penstock.memory.costs import SEGMENT
 
-SEGMENT = 512
-"""Ids of a segment at most."""
 SPARE = 1 / 10
 """Of all ids, those that a live row may hold beside segments: they need no copy when it ends. What is nearest
 to the root stays, which others share, and it is the first to go when bytes are short."""
+BEYOND = 1 / 4
+"""Of a prefix that is taken over with its buffers: how much behind it may be lost with them."""
 Piece = tuple[Any, int, int]
 """K/V to copy: (handle, first id in it, how many). A row's first id is its position."""
 Stored = tuple[Any, int, int]
@@ -71,11 +84,25 @@ class Tree(Holdings):
         data = memoryview(ids).cast("B")
         root = self._roots.get(namespace) or Node(None, 0, bytearray())
         node, length = walk(root, data)
-        usable, found = length, None
-        if self.stateful:
-            found = next((kept for n in up(node) if (kept := n.deepest(length)) is not None), None)
-            usable = found.position if found else 0
+        usable, found = self._usable(node, length)
         return Match(node, length, usable, found, self._why(root, node, data, length, usable))
+
+    def want(self, namespace: str, ids: array[int], now: float) -> int:
+        """Somebody waits for the prefix of `ids`, so it is no older than `now`: how much can be used."""
+        root = self._roots.get(namespace) or Node(None, 0, bytearray())
+        node, length = walk(root, memoryview(ids).cast("B"))
+        usable, found = self._usable(node, length)
+        for above in up(node):
+            above.used = now
+        if found is not None:
+            found.used = now
+        return usable
+
+    def _usable(self, node: Node, length: int) -> tuple[int, Checkpoint | None]:
+        if not self.stateful:
+            return length, None
+        found = next((kept for n in up(node) if (kept := n.deepest(length)) is not None), None)
+        return (found.position if found else 0), found
 
     def _why(self, root: Node, node: Node, data: memoryview, length: int, usable: int) -> str:
         if usable < length:
@@ -112,10 +139,11 @@ class Tree(Holdings):
             node.hits, node.used = node.hits + 1, now
         if (kept := match.checkpoint) is not None:
             kept.hits, kept.used = kept.hits + 1, now
-        node = match.node
-        while node.parent is not None and node.start >= match.usable:
-            node = node.parent
-        pin = Pin(node, match.usable, match.checkpoint)
+        return self.hold(match)
+
+    def hold(self, match: Match) -> Pin:
+        """Let nothing that a match reads go until `unpin`; no hit yet."""
+        pin = Pin(place(match.node, match.usable), match.usable, match.checkpoint)
         self._pins[pin] = None
         for node in pin.path():
             node.pins.append(pin)
@@ -129,6 +157,11 @@ class Tree(Holdings):
         for node in pin.path():
             node.pins.remove(pin)
         return self._within_caps(now, [])
+
+    def reusable(self, match: Match) -> int:
+        """Bytes that `give` frees for a row that starts from a match."""
+        packed = sum(s.size for node in up(match.node) for s in node.segments if s.end <= match.usable)
+        return packed + total(self._spent(place(match.node, match.usable), match.usable))
 
     # Rows
 
@@ -177,6 +210,23 @@ class Tree(Holdings):
             self._leaves[child] = None
         self.tokens += len(data) // WIDTH
         return len(data) // WIDTH
+
+    def give(self, cover: Cover) -> list[Any]:
+        """A live row is about to get all that its path holds; the tree keeps none of it, and borrows it.
+
+        Rows that were adopted go too if they hold little beyond; that is lost.
+        """
+        freed: list[Any] = []
+        for other in self._spent(cover.node, cover.length):
+            self._remove(other, freed)
+        self._shed(cover, 0, freed)
+        return freed
+
+    def _spent(self, node: Node, length: int) -> list[Cover]:
+        """Adopted rows that hold a path or a part of it, and at most `BEYOND` of its length more."""
+        path = dict.fromkeys(up(node))
+        held = dict.fromkeys(c for n in path for c in n.covers if c.node in path or n is node)
+        return [c for c in held if not c.live and c.length <= length * (1 + BEYOND) and not is_read(c)]
 
     def adopt(self, cover: Cover, handle: Any, size: int, now: float) -> list[Any]:
         """The row has ended or is preempted: its buffers, `size` bytes by capacity, are the tree's now."""

@@ -61,14 +61,20 @@ class Accounts:
         passing = (Account.TRANSIENT, Account.POOL, Account.GRAMMARS)
         return self.ledger.held - sum(self.ledger.balance(account) for account in passing)
 
-    def room(self, evictable: int = 0) -> Room:
+    def room(self, evictable: int = 0, recent: int = 0) -> Room:
         """What the scheduler may count on."""
         pool = 0 if self._pool is None else self._pool.size
-        return Room(self.ledger.room, pool, evictable, self.ceiling - self.ledger.budget)
+        return Room(self.ledger.room, pool, evictable, recent, self.ceiling - self.ledger.budget)
 
     def admit(self, sequence: Sequence, capacity: int) -> None:
-        """A row's lease. The scheduler has found that it fits."""
-        self.rows[sequence.id] = self._take(Account.LIVE_KV, self.costs.row(capacity), self.costs.buffers)
+        """A row's lease, less what it takes over. The scheduler has found that it fits."""
+        size = max(0, self.costs.row(capacity) - sequence.reuse)
+        self.rows[sequence.id] = self._take(Account.LIVE_KV, size, self.costs.buffers)
+        sequence.capacity = capacity
+
+    def entered(self, sequence: Sequence) -> None:
+        """What it was to take over is no longer the cache's: the row's lease is whole."""
+        self.ledger.correct(self.rows[sequence.id], self.costs.row(sequence.capacity), self.costs.buffers)
 
     def constrain(self, size: int) -> Lease:
         """The host's bytes for a grammar, or for what all grammars need."""
@@ -81,6 +87,7 @@ class Accounts:
         size = lease.size + more.size
         self.ledger.release(more)
         self.ledger.correct(lease, size, lease.buffers)
+        sequence.capacity = capacity
 
     def leave(self, sequence: Sequence) -> None:
         """A row's memory is free, but for its states: `keep_states` says when they are."""

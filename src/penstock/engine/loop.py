@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -30,6 +31,7 @@ from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.running import Running
 from penstock.engine.sampler import Sampled
 from penstock.engine.scheduler import (
+    LOOK_AHEAD,
     Admit,
     Chunk,
     ClearPool,
@@ -40,6 +42,7 @@ from penstock.engine.scheduler import (
     Plan,
     Preempt,
     account,
+    reads_first,
     schedule,
 )
 from penstock.engine.sequence import Sequence
@@ -137,19 +140,20 @@ class Loop:
 
     def _plan(self) -> Plan:
         """Ask, apply measures, ask again, until there is a plan (perhaps an empty one: all wait)."""
+        waiting = islice((s for s in self.sequences.values() if not s.entered), LOOK_AHEAD)
+        self.cache.look(waiting, time.monotonic())
         while True:
             orphans = self.runner.orphans + (self.in_flight.orphans if self.in_flight is not None else 0)
             self.accounts.keep_states(orphans)
             facts = replace(
                 self.facts, departures=self.accounts.departures, correction=self.correction.factor
             )
-            room = self.accounts.room(self.cache.evictable)
+            room = self.accounts.room(self.cache.evictable, self.cache.recent)
             decision = schedule(self.sequences.values(), facts, room)
             if isinstance(decision, Plan) and self._enter(decision):
                 continue
-            reads = decision.chunk if isinstance(decision, Plan) else not isinstance(decision, Admit)
-            if reads and self.in_flight is not None:
-                self._read()  # its transient goes, a row may end, and a chunk's launch would hide it
+            if self.in_flight is not None and reads_first(decision):
+                self._read()
             elif isinstance(decision, Plan):
                 if decision:
                     self.accounts.restore_pool(decision.transient)
@@ -159,27 +163,32 @@ class Loop:
 
     def _enter(self, plan: Plan) -> bool:
         """Look into the cache for a sequence before its first step, as late as may be; then plan anew."""
-        first = [*plan.decode, *([plan.chunk.sequence] if plan.chunk else [])]
-        new = [sequence for sequence in first if not sequence.entered]
+        new = [sequence for sequence in plan.sequences if not sequence.entered]
         for sequence in new:
-            others = [s for s in self.sequences.values() if s.row is not None and s is not sequence]
-            first_time = not sequence.why
-            self.running.entering(sequence)
-            self.cache.enter(sequence, others)
-            if first_time:
-                self.report.started.append(wire.Started(sequence.id, sequence.cached, sequence.why))
+            self._begin(sequence)
         return bool(new)
+
+    def _begin(self, sequence: Sequence) -> None:
+        first_time = not sequence.why
+        self.running.entering(sequence)
+        self.cache.enter(sequence, self.sequences.values())
+        if first_time:
+            self.report.started.append(wire.Started(sequence.id, sequence.cached, sequence.why))
 
     def _apply(self, measure: Measure) -> None:
         self.counts[type(measure).__name__.lower()] += 1
         match measure:
+            case Admit(sequence) if not self.cache.keeps(sequence):
+                sequence.reuse = 0
             case Admit(sequence, capacity):
                 measure.book()
                 self.accounts.admit(sequence, capacity)
                 sequence.row = self.runner.open(capacity)
-                sequence.capacity = capacity
                 if sequence.grammar:
                     self.grammars.begin(sequence)
+                if sequence.reuse:
+                    self.counts["taken_over"] += 1
+                    self._begin(sequence)
             case ClearPool():
                 self.accounts.clear_pool()
             case Preempt(sequence):
@@ -192,8 +201,8 @@ class Loop:
                 else:
                     message = "The memory that this request needs is not free on this machine; busy, retry."
                     self._end(sequence, "error", kind="OUT_OF_MEMORY", message=message)
-            case Evict(size):
-                self.cache.evict(size)
+            case Evict(size, sequence):
+                self.cache.make_room(size, sequence)
 
     # -- messages -------------------------------------------------------------------------------------
 
@@ -232,7 +241,7 @@ class Loop:
                     finally:
                         self._end(sequence, "cut", computed=min(message.keep, sequence.computed))
             case wire.Budget():
-                self._set_budget(message.size)
+                self.cache.set_budget(message.size)
             case wire.Release(cache):
                 if cache:
                     self.cache.clear()
@@ -241,14 +250,6 @@ class Loop:
                 raise ShutdownAsked
             case _:
                 log.error("unexpected message %s", type(message).__name__)
-
-    def _set_budget(self, size: int) -> None:
-        """A fall takes what nobody waits for at once; the next plan does the rest."""
-        self.accounts.set_budget(size)
-        if self.accounts.ledger.room < 0:
-            self.accounts.clear_pool()
-        if self.accounts.ledger.room < 0:
-            self.cache.evict(-self.accounts.ledger.room, "budget")
 
     def _submit(self, message: wire.Submit) -> None:
         sequence = Sequence(message, self.context_length, self.grammars.host_bytes(message.grammar))
@@ -291,7 +292,6 @@ class Loop:
     def _launch(self, plan: Plan) -> InFlight:
         for sequence, capacity in plan.grow:
             self.accounts.grow(sequence, capacity)
-            sequence.capacity = capacity
         lease = self.accounts.begin(plan.transient)
         step = InFlight(plan.decode, plan.chunk, lease, time.monotonic())
         self.running.only(members(self.in_flight))

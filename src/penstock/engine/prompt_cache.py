@@ -10,7 +10,7 @@ Invariant: what is published was read cleanly and is never written again.
 from __future__ import annotations
 
 import logging
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable
 from typing import Any
 
@@ -22,12 +22,12 @@ from penstock.cache import store
 from penstock.cache.checkpoints import positions
 from penstock.cache.nodes import Cover
 from penstock.cache.summary import summary
-from penstock.cache.tree import Cut, Stored, Tree
+from penstock.cache.tree import Cut, Match, Stored, Tree
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
 from penstock.engine.sequence import Sequence
-from penstock.memory.ledger import Account, Lease
+from penstock.memory.ledger import Account, Lease, LedgerError
 
 log = logging.getLogger("penstock.engine")
 
@@ -35,6 +35,8 @@ STRIDE = 16
 """Ids of an answer between the states that a row with stop strings keeps of it."""
 PASSED = 3
 """How many of them, the latest: the front hears of a stop string's end when the row has gone on."""
+GRACE = 30.0
+"""Seconds in which an agent's next turn is expected: its tools' time."""
 STOP = 8
 """Ids that a stop string may have: the next turn leaves the path before them."""
 
@@ -67,7 +69,10 @@ class PromptCache:
         self._buffers = 0
         self._covers: dict[int, Cover] = {}
         self._adopted: dict[Row, tuple[Cover, Lease]] = {}
-        self._now = 0.0
+        self._now = self._clock = 0.0
+        self._changes = 0
+        self._left: deque[tuple[float, int]] = deque()
+        self._wanted = 0
         self._evicted = Counter(memory=0, budget=0, cleared=0)
 
     @property
@@ -75,37 +80,46 @@ class PromptCache:
         """Bytes that `evict` could free now."""
         return self.tree.evictable + self._passing.size if self.enabled else 0
 
+    @property
+    def recent(self) -> int:
+        """Of `evictable`, roughly, what rows left in the last `GRACE` seconds or somebody waits for."""
+        return min(self.evictable, self._wanted + sum(size for _, size in self._left))
+
     # -- rows come -----------------------------------------------------------------------------------
 
-    def enter(self, sequence: Sequence, others: Iterable[Sequence]) -> None:
-        """A row that is about to be prefilled: fill it with the longest prefix that is there, and lend it."""
+    def look(self, waiting: Iterable[Sequence], clock: float) -> None:
+        """How much of those that wait is there (`found`), which keeps it; anew as rows come and go."""
+        while self._left and self._left[0][0] < clock - GRACE:
+            self._left.popleft()
+        self._clock, self._wanted = clock, 0
+        for sequence in waiting:
+            if self.enabled and sequence.looked != self._changes:
+                sequence.looked = self._changes
+                sequence.found = self.tree.want(sequence.namespace, sequence.tokens[:-1], self._now)
+            self._wanted += sequence.found * self.costs.kv_per_token
+
+    def enter(self, sequence: Sequence, sequences: Iterable[Sequence]) -> None:
+        """A row that is about to be prefilled: fill it with the longest prefix that is there, and lend it.
+
+        `sequences`: all, for what the other rows have computed.
+        """
         sequence.entered = True
+        self._changes += 1
         if not self.enabled:
             sequence.why = "not cached" if self.obstacle else "off"
             return
-        for other in others:
+        for other in sequences:
             self._extend(other)
         self._now += 1
-        ids = sequence.tokens[
-            : len(sequence.tokens) - 1
-        ]  # the last id is always computed: it gives the logits
-        match = self.tree.match(sequence.namespace, ids)
+        match = self._match(sequence)
+        self._covers[sequence.id] = self.tree.lend(sequence.namespace, sequence.row)
         if match.usable:
-            pin = self.tree.pin(match, self._now)
-            try:
-                parts = [store.Part(*piece) for piece in self.tree.pieces(match)]
-                store.assemble(sequence.row, parts)
-                if match.checkpoint is not None:
-                    store.restore(sequence.row, match.checkpoint.handle)
-            finally:
-                self._free(self.tree.unpin(pin, self._now))
+            self._fill(sequence, match)
             sequence.launched = sequence.computed = match.usable
         sequence.cached, sequence.why = match.usable, match.why
-        cover = self.tree.lend(sequence.namespace, sequence.row)
-        self._covers[sequence.id] = cover
         self._extend(sequence)
         if self.tree.stateful:
-            parted = match.length if match.usable < match.length < len(ids) else None
+            parted = match.length if match.usable < match.length < len(sequence.tokens) - 1 else None
             wanted = positions(
                 sequence.prompt_length,
                 sequence.borders,
@@ -115,6 +129,32 @@ class PromptCache:
                 sequence.turn,
             )
             sequence.cuts = [position for position in wanted if position < len(sequence.tokens)]
+
+    def _fill(self, sequence: Sequence, match: Match) -> None:
+        """Copy what was found into the row; or move it, if that was promised (`reuse`)."""
+        runs = [store.run(store.Part(*piece)) for piece in self.tree.pieces(match)]
+        pin = self.tree.pin(match, self._now)
+        try:
+            if not sequence.reuse:
+                store.assemble(sequence.row, runs)
+        finally:
+            self._free(self.tree.unpin(pin, self._now))
+        if sequence.reuse:
+            if not self._room(self.costs.taking(match.usable)):
+                raise LedgerError("no room for a layer of what is taken over")
+            cover = self._covers[sequence.id]
+            self.tree.extend(cover, sequence.tokens[: match.usable], self._now)
+            self._free(self.tree.give(cover))
+            sequence.reuse = 0
+            self.accounts.entered(sequence)
+            store.separate(runs)
+            store.assemble(sequence.row, runs)
+        if match.checkpoint is not None:
+            store.restore(sequence.row, match.checkpoint.handle)
+
+    def _match(self, sequence: Sequence) -> Match:
+        # The last id is always computed: it gives the logits.
+        return self.tree.match(sequence.namespace, sequence.tokens[: len(sequence.tokens) - 1])
 
     def reached(self, sequence: Sequence) -> None:
         """A chunk was read cleanly: keep the state if this is where one was wanted."""
@@ -147,6 +187,7 @@ class PromptCache:
 
     def leave(self, sequence: Sequence) -> None:
         """The sequence has ended, was read cleanly, and its row is not needed: publish and free it."""
+        self._changes += 1
         try:
             self._leave(sequence)
         except RuntimeError:
@@ -158,6 +199,7 @@ class PromptCache:
         if cover is None:
             self._close(sequence)
             return
+        self._left.append((self._clock, self.costs.kv_per_token * cover.length))
         if self.tree.stateful and 0 < cover.length == sequence.row.length:
             self._keep(sequence, anchor=False)
         self._passed.pop(sequence.id, None)
@@ -202,12 +244,46 @@ class PromptCache:
 
     # -- room ----------------------------------------------------------------------------------------
 
-    def evict(self, size: int, reason: str = "memory") -> None:
-        """Free at least `size` bytes if that many can go, the least valuable first."""
+    def set_budget(self, size: int) -> None:
+        """A fall takes what nobody waits for at once; the next plan does the rest."""
+        self.accounts.set_budget(size)
+        if self.accounts.ledger.room < 0:
+            self.accounts.clear_pool()
+        if self.accounts.ledger.room < 0:
+            self.evict(-self.accounts.ledger.room, "budget")
+
+    def make_room(self, size: int, sequence: Sequence | None) -> None:
+        """Free `size` bytes; for a row, first by promising it those of its own prefix (`reuse`)."""
+        if sequence is None:
+            self.evict(size)
+            return
+        match = self._match(sequence)
+        reuse = self.tree.reusable(match)
+        if not sequence.reuse and reuse > self.costs.taking(match.usable):
+            sequence.reuse = reuse
+            return
+        pin = self.tree.hold(match)
+        try:
+            size -= self.evict(size)
+        finally:
+            self._free(self.tree.unpin(pin, self._now))
+        if size > 0:
+            self.evict(size + sequence.reuse)
+            sequence.reuse = 0
+
+    def keeps(self, sequence: Sequence) -> bool:
+        """Whether what was promised to it is still there."""
+        return not sequence.reuse or sequence.reuse <= self.tree.reusable(self._match(sequence))
+
+    def evict(self, size: int, reason: str = "memory") -> int:
+        """Free at least `size` bytes if that many can go, the least valuable first; how many went."""
         self._passed.clear()
+        self._changes += 1
         before = self.tree.evicted_bytes
-        self._free(self.tree.evict(size - self._passing.size, self._now))
+        held = self._passing.size
+        self._free(self.tree.evict(size - held, self._now))
         self._evicted[reason] += self.tree.evicted_bytes - before
+        return held + self.tree.evicted_bytes - before
 
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""

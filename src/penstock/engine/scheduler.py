@@ -45,6 +45,8 @@ class Room:
     """What clearing the allocator's pool would free."""
     evictable: int = 0
     """What evicting cached segments would free."""
+    recent: int = 0
+    """Of `evictable`, what was used just now or is waited for: it goes only for a prompt that is next."""
     slack: int = 0
     """From the budget up to the ceiling: a row that is alone on board may use it, so that it can end."""
 
@@ -95,6 +97,11 @@ class Plan:
     def __bool__(self) -> bool:
         return bool(self.decode) or self.chunk is not None
 
+    @property
+    def sequences(self) -> tuple[Sequence, ...]:
+        """Who takes part."""
+        return self.decode if self.chunk is None else (*self.decode, self.chunk.sequence)
+
 
 @dataclass(frozen=True, slots=True)
 class Admit:
@@ -117,9 +124,10 @@ class ClearPool:
 
 @dataclass(frozen=True, slots=True)
 class Evict:
-    """Drop cached segments until `size` more bytes are free."""
+    """Drop cached segments until `size` more bytes are free; for a sequence, but what it can start from."""
 
     size: int
+    sequence: Sequence | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +169,16 @@ def schedule(sequences: Iterable[Sequence], facts: Facts, room: Room) -> Plan | 
         if measure := _make_room(-free, room, on_board):
             return measure
     return _admission(ordered, on_board, facts, room, free) or Plan(grow, decode, chunk, transient)
+
+
+def reads_first(decision: Plan | Measure) -> bool:
+    """Whether the step in flight is read before this: its transient goes then, and a row may end.
+
+    A chunk's launch would hide it; a row that takes over its prefix must not meet its errors.
+    """
+    if isinstance(decision, Plan):
+        return decision.chunk is not None
+    return not isinstance(decision, Admit) or decision.sequence.reuse > 0
 
 
 def _company(on_board: list[Sequence], apart: bool) -> list[Sequence]:
@@ -218,14 +236,15 @@ def _admission(
     head = waiting[0]
     allowed = OVERTAKING * head.first_capacity - head.overtaken
     until = _steps_until(head, on_board, facts, room.free + room.pool + room.evictable)
-    prompts_full = sum(s.prefill_left > 0 for s in on_board) >= facts.prompt_concurrency
-    for sequence in waiting[:LOOK_AHEAD]:
-        if prompts_full and sequence.prefill_left:
+    prompts = [s.expected_prefill for s in on_board if s.prefill_left]
+    for sequence in sorted(waiting[:LOOK_AHEAD], key=lambda s: not s.comes_back):
+        if len(prompts) >= facts.prompt_concurrency and sequence.prefill_left:
             continue
+        next_up = sequence.expected_prefill < min(prompts, default=sequence.expected_prefill + 1)
         delays = sequence is not head and sequence.steps_left >= min(until, FIRST_ROOM)
         if delays and sequence.first_capacity > allowed:
             continue
-        measure = _entry(sequence, on_board, facts, room, free)
+        measure = _entry(sequence, on_board, facts, room, free, next_up)
         if measure is not None:
             return replace(measure, past=head) if delays and isinstance(measure, Admit) else measure
     return None
@@ -247,9 +266,9 @@ def _steps_until(sequence: Sequence, on_board: list[Sequence], facts: Facts, fre
 
 
 def _entry(
-    sequence: Sequence, on_board: list[Sequence], facts: Facts, room: Room, free: int
+    sequence: Sequence, on_board: list[Sequence], facts: Facts, room: Room, free: int, next_up: bool
 ) -> Measure | None:
-    """Take this sequence on board, or make room for it at nobody's cost; None: it waits."""
+    """Take this sequence on board, or make room for it if it is `next_up`; None: it waits."""
     if on_board and not sequence.may_return(facts.departures):
         return None
     headroom = sum(_growth_step(s, facts) for s in on_board) if sequence.preemptions else 0
@@ -259,20 +278,27 @@ def _entry(
         # Alone it may start with less room for its answer: what was accepted must be able to run.
         capacity = min(capacity, sequence.least_capacity)
         lacking = entry_bytes(sequence, capacity, facts) - free
-    if lacking <= 0:
+    short = lacking
+    if sequence.reuse:
+        taking = facts.costs.taking(len(sequence.tokens))
+        short = entry_bytes(sequence, capacity, facts, taking) + headroom - free - sequence.reuse
+    if short <= 0:
         return Admit(sequence, capacity)
-    if lacking <= room.pool + room.evictable:
-        return ClearPool() if room.pool > 0 else Evict(lacking)
+    if lacking <= room.pool + room.evictable - (0 if next_up else room.recent):
+        return ClearPool() if room.pool > 0 else Evict(short, sequence)
     never = not on_board and lacking > room.pool + room.evictable + room.slack
     return GiveUp(sequence) if never else None
 
 
-def entry_bytes(sequence: Sequence, capacity: int, facts: Facts) -> int:
-    """A row, and the costliest step it will ask for at the floor: what could not end is not begun."""
+def entry_bytes(sequence: Sequence, capacity: int, facts: Facts, taking: int = 0) -> int:
+    """A row, and the costliest step it will ask for at the floor: what could not end is not begun.
+
+    `taking`: bytes of the step in which it takes over its prefix.
+    """
     length = len(sequence.tokens)
     floor = min(CHUNK_FLOOR, length)
     drawing = facts.transient.decode([length], sequence.costly_draw)
-    step = max(facts.transient.prefill(floor, length - floor), drawing)
+    step = max(facts.transient.prefill(floor, length - floor), drawing, taking)
     return facts.costs.row(capacity) + facts.costs.states + step + sequence.host_bytes
 
 
@@ -303,7 +329,7 @@ def choose_prompt(prompts: list[Sequence]) -> Sequence:
     the oldest gets at least every other chunk's worth of ids.
     """
     oldest = min(prompts, key=lambda s: s.arrival)
-    shortest = min(prompts, key=lambda s: (s.prefill_left, s.arrival))
+    shortest = min(prompts, key=lambda s: (s.expected_prefill, s.arrival))
     return oldest if oldest.passed_over > 0 else shortest
 
 

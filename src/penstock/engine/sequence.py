@@ -32,12 +32,14 @@ class Sequence:
         "computed",
         "cuts",
         "entered",
+        "found",
         "grammar",
         "host_bytes",
         "id",
         "ignore_eos",
         "launched",
         "limit",
+        "looked",
         "min_tokens",
         "namespace",
         "overtaken",
@@ -45,6 +47,7 @@ class Sequence:
         "preempted_at",
         "preemptions",
         "prompt_length",
+        "reuse",
         "row",
         "sampling",
         "stops",
@@ -78,6 +81,8 @@ class Sequence:
         self.compiling = bool(submit.grammar)
         self.host_bytes = host_bytes
         self.entered = False
+        self.found, self.looked = 0, -1
+        self.reuse = 0
         self.cached = 0
         self.why = ""
         self.cuts: list[int] = []
@@ -90,6 +95,11 @@ class Sequence:
     def prefill_left(self) -> int:
         """Ids to compute before the next one can be drawn: all but the last, which a decode step takes."""
         return max(0, len(self.tokens) - 1 - self.launched)
+
+    @property
+    def expected_prefill(self) -> int:
+        """Ids that it will have to prefill: before it has looked into the cache, less what was seen there."""
+        return self.prefill_left if self.entered else max(0, self.prefill_left - self.found)
 
     @property
     def steps_left(self) -> int:
@@ -138,6 +148,11 @@ class Sequence:
         return not self.costly_draw and not changed and (s.temperature == 0 or 0 < s.top_k <= NARROW)
 
     @property
+    def comes_back(self) -> bool:
+        """Whether the cache saves most of its prefill, by the last look (`found`) while it waits."""
+        return 2 * self.found >= len(self.tokens)
+
+    @property
     def first_capacity(self) -> int:
         """Ids that its row is opened for: the prompt and the answer's first part, or what it has grown to."""
         first = min(self.prompt_length + FIRST_ROOM, self.limit)
@@ -162,6 +177,7 @@ class Sequence:
         """Forget what was computed: the ids stay, everything is to be computed again."""
         self.row = None
         self.entered = False
+        self.reuse = 0
         self.cuts = []
         self.capacity = 0
         self.launched = 0

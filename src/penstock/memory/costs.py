@@ -15,6 +15,8 @@ FIRST_ROOM = 1024
 """Ids of an answer that a row has room for from the start; what is longer grows by steps."""
 GROWTH = 256
 """Ids a full row grows by at least; long ones grow by an eighth, so that growing stays linear."""
+SEGMENT = 512
+"""Ids of a segment of the prompt cache at most."""
 CHUNK_FLOOR = 256
 """Ids that a prefill chunk has at least, if the prompt has them: below it a GPU idles."""
 
@@ -49,6 +51,10 @@ class Costs:
     def moving(self, old: int) -> int:
         """Transient bytes of growing a row: the old buffers of one layer, while the new ones are filled."""
         return self.layer_per_token * old
+
+    def taking(self, length: int) -> int:
+        """Transient bytes of taking over `length` ids: a layer of them, or one segment of all layers."""
+        return max(self.moving(length), self.kv_per_token * min(SEGMENT, length))
 
 
 @dataclass(frozen=True, slots=True)
