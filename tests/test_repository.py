@@ -13,7 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 LONGEST_FILE = 450
-LARGEST_PROMISE = 3_050
+LARGEST_PROMISE = 3_200
 """Lines of code, documentation apart, that who checks the memory promise reads in an afternoon: `PROMISE`."""
 PROMISE = (
     "memory/*.py",
@@ -21,7 +21,7 @@ PROMISE = (
     *(f"engine/{name}.py" for name in ("accounts", "scheduler", "loop", "step", "sequence")),
     *(f"engine/{name}.py" for name in ("prompt_cache", "rows", "batch", "calibrate", "pace")),
 )
-LARGEST_PACKAGE = 13_150
+LARGEST_PACKAGE = 13_300
 """The same of the whole package, with its clients' protocols, command line tools and benchmarks."""
 
 # Put together here, so that this file does not hold what it looks for.

@@ -145,6 +145,16 @@ class Terminal:
                 came += os.read(self.end, 65536).decode(errors="replace")
         self.text += came
 
+    def exit_code(self, seconds: float = 30.0) -> int:
+        """Waits for its end. What it still writes is read: it would wait for that."""
+        end = time.monotonic() + seconds
+        while self.process.poll() is None:
+            assert time.monotonic() < end, "it does not end"
+            if select.select([self.end], [], [], 0.05)[0]:
+                with contextlib.suppress(OSError):
+                    os.read(self.end, 65536)
+        return self.process.returncode
+
 
 def test_it_is_live_in_a_terminal_and_outlives_its_server(tmp_path: Path) -> None:
     with ScriptedServer(write_client_model(tmp_path / "model"), tmp_path) as server:
@@ -158,7 +168,7 @@ def test_it_is_live_in_a_terminal_and_outlives_its_server(tmp_path: Path) -> Non
             server.stop()
             terminal.until("no answer for")
             terminal.process.send_signal(signal.SIGINT)
-            assert terminal.process.wait(10) == 0
+            assert terminal.exit_code() == 0
         finally:
             terminal.process.kill()
             os.close(terminal.end)

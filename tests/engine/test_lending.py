@@ -6,10 +6,8 @@ cancels, preemptions, evictions and failed steps, over prompts that share prefix
 
 from __future__ import annotations
 
-import random
 from collections import Counter
 from collections.abc import Callable
-from functools import cache
 from typing import Any
 
 import mlx.core as mx
@@ -17,21 +15,36 @@ import pytest
 from hypothesis import HealthCheck, Phase, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
-from tests.support import faults, tiny_models
-from tests.support.engine_loop import Answer, EngineLoop
+from tests.support import faults
+from tests.support.engine_loop import EngineLoop
+from tests.support.lending import (
+    CHILD,
+    MOST,
+    NAMES,
+    NEXT,
+    PARENT,
+    SHARED,
+    THIRD,
+    TOLERANCE,
+    difference,
+    ends,
+    ends_in_little_room,
+    fail_next,
+    fresh,
+    ids,
+    lent_once,
+    make,
+    per_id,
+    preempt,
+    quiet,
+    sequence,
+    submit,
+    tight,
+    until,
+)
 from tests.support.tree_laws import check
 
-from penstock import wire
-from penstock.engine.batch import Runner
-from penstock.engine.calibrate import costs_of
-from penstock.engine.scheduler import Preempt
 from penstock.engine.sequence import Sequence
-
-NAMES = ["qwen3", "qwen3_5", "gemma3_text", "deepseek_v3"]
-SAMPLING = wire.Sampling(temperature=0.0, logprobs=5)
-TOLERANCE = 1e-4
-MOST = 12
-"""Ids of an answer."""
 
 
 @pytest.fixture(autouse=True)
@@ -39,118 +52,6 @@ def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)
     monkeypatch.setattr("penstock.memory.costs.SEGMENT", 16)
     monkeypatch.setattr("penstock.cache.tree.SPARE", 0.0)
-
-
-def ids(count: int, seed: int) -> list[int]:
-    return random.Random(seed).choices(range(200), k=count)
-
-
-@cache
-def model(name: str) -> Any:
-    """A hybrid with more than one plain layer: rows take a prefix over layer by layer."""
-    if name != "qwen3_5":
-        return tiny_models.build(name)
-    return tiny_models.make(tiny_models.config_of(name, full_attention_interval=2), scale=2.0)
-
-
-def make(name: str, cache_bytes: int | None = None) -> EngineLoop:
-    runner = Runner(model(name))
-    return EngineLoop(runner, vocab_size=tiny_models.VOCAB, cache_bytes=cache_bytes, chunk_longest=32)
-
-
-@cache
-def per_id(name: str) -> int:
-    """Bytes of an id's keys and values."""
-    return costs_of(Runner(model(name))).kv_per_token
-
-
-def submit(engine: EngineLoop, prompt: list[int], most: int = MOST) -> int:
-    borders = [at for at in (48, 100, len(prompt) - 2) if at < len(prompt)]
-    return engine.submit(prompt, max_tokens=most, sampling=SAMPLING, borders=borders)
-
-
-@cache
-def fresh(name: str, prompt: tuple[int, ...], most: int = MOST) -> Answer:
-    """The answer of an engine that caches nothing."""
-    engine = make(name, cache_bytes=0)
-    id_ = submit(engine, list(prompt), most)
-    engine.play()
-    engine.close()
-    return engine.answers[id_]
-
-
-def difference(one: Answer, two: Answer) -> float:
-    """The largest of log-probabilities of the ids that both chose, up to where they part."""
-    pairs = list(zip(one.tokens, two.tokens, strict=False))
-    same = next((at for at, (a, b) in enumerate(pairs) if a != b), len(pairs))
-    found = [abs(a - b) for a, b in zip(one.logprobs[:same], two.logprobs[:same], strict=True)]
-    return max([*found, 0.0 if one.tokens == two.tokens else 1.0])
-
-
-def sequence(engine: EngineLoop, id_: int) -> Sequence:
-    return engine.loop.sequences[id_]
-
-
-def until(engine: EngineLoop, done: Callable[[], bool]) -> None:
-    for _ in range(2_000):
-        if done():
-            return
-        engine.turn()
-    raise AssertionError("it does not come")
-
-
-def quiet(engine: EngineLoop) -> None:
-    """Nothing in flight, so that a measure can be applied by hand, as the loop does."""
-    engine.loop._read()
-
-
-def preempt(engine: EngineLoop, id_: int) -> None:
-    quiet(engine)
-    if id_ in engine.loop.sequences and sequence(engine, id_).row is not None:
-        engine.loop._apply(Preempt(sequence(engine, id_)))
-        engine.accounts.departures += 1  # somebody left, so that it may come back
-
-
-def fail_next(engine: EngineLoop, how: Callable[[], mx.array]) -> None:
-    """The next launch fails."""
-    runner = engine.loop.runner
-    if not isinstance(runner, faults.Poisoned):
-        runner = engine.loop.runner = faults.Poisoned(runner, how)
-    runner._how, runner._at = how, (runner.calls + 1,)
-
-
-SHARED = ids(100, 1)
-PARENT, CHILD, THIRD = SHARED + ids(40, 2), SHARED + ids(30, 3), SHARED[:61] + ids(30, 4)
-NEXT = PARENT + ids(25, 6)
-
-
-def lent_once(name: str) -> tuple[EngineLoop, int]:
-    """A row that began with a hit and decodes: what it found is borrowed from it."""
-    engine = make(name)
-    submit(engine, SHARED + ids(8, 5))
-    engine.play()
-    parent = submit(engine, PARENT, most=60)
-    until(engine, lambda: len(engine.answers[parent].tokens) > 3)
-    assert engine.answers[parent].cached >= 98
-    assert engine.cache.tree._held_twice() == (0, 0)
-    return engine, parent
-
-
-def ends(engine: EngineLoop, parent: int) -> None:
-    engine.end(parent, keep=len(PARENT) + len(engine.answers[parent].tokens))
-    until(engine, lambda: parent not in engine.loop.sequences and not engine.loop.leaving)
-
-
-def tight(engine: EngineLoop) -> None:
-    """From now on there is never room for more than one layer of a row."""
-    costs = engine.accounts.costs
-    engine.cache._room = lambda size: size <= 200 * costs.layer_per_token  # type: ignore[method-assign]
-
-
-def ends_in_little_room(engine: EngineLoop, parent: int) -> None:
-    tight(engine)
-    ends(engine, parent)
-    assert not engine.cache._adopted
 
 
 def fails(engine: EngineLoop, parent: int) -> None:
@@ -258,79 +159,6 @@ def test_a_hit_that_fails_while_it_is_copied_drops_nothing(monkeypatch: pytest.M
     assert engine.answers[child].cached == 100
     assert not engine.cache.tree._pins
     assert difference(engine.answers[child], fresh("qwen3", tuple(CHILD))) <= TOLERANCE
-    engine.close()
-
-
-def ends_unpacked(engine: EngineLoop, parent: int) -> None:
-    """Its buffers themselves become the tree's."""
-    quiet(engine)
-    engine.cache._lent(sequence(engine, parent))  # segments are cut where it parts from others
-    engine.cache._room = lambda size: False  # type: ignore[method-assign]
-    ends(engine, parent)
-    assert engine.cache._adopted
-    engine.cache.tidy = lambda: None  # type: ignore[method-assign]
-    del engine.cache._room  # type: ignore[method-assign]
-
-
-def room_for_one(engine: EngineLoop) -> None:
-    """The budget lacks a byte for a row of NEXT's beside what is cached."""
-    engine.turn()  # states of rows that left are gone by then
-    costs = engine.accounts.costs
-    more = costs.row(len(NEXT) + MOST) + costs.states - 1
-    engine.accounts.clear_pool()
-    engine.accounts.set_budget(engine.accounts.ledger.held + more)
-
-
-@pytest.mark.parametrize("end", [ends, ends_in_little_room, ends_unpacked])
-@pytest.mark.parametrize("name", NAMES)
-def test_a_row_takes_over_its_prefix_where_there_is_no_room_for_both(
-    name: str, end: Callable[[EngineLoop, int], None]
-) -> None:
-    """Nothing is evicted and computed again; the tree borrows it from the row from then on."""
-    engine, parent = lent_once(name)
-    end(engine, parent)
-    engine.cache.__dict__.pop("_room", None)
-    room_for_one(engine)
-    after = submit(engine, NEXT)
-    until(engine, lambda: bool(engine.answers[after].prefilled))
-    assert engine.loop.counts["taken_over"] == 1
-    assert engine.answers[after].cached >= 138
-    assert engine.cache.tree._held_twice() == (0, 0)
-    assert not engine.cache._adopted
-    check(engine.cache.tree)
-    beside = submit(engine, CHILD)
-    engine.play()
-    assert engine.loop.counts["preempt"] == engine.loop.counts["errors"] == 0
-    assert engine.answers[beside].cached >= 98 or name in ("qwen3_5", "gemma3_text"), "no state"
-    for id_, prompt in ((after, NEXT), (beside, CHILD)):
-        assert difference(engine.answers[id_], fresh(name, tuple(prompt))) <= TOLERANCE
-    engine.close()
-
-
-@pytest.mark.parametrize("at", range(1, 12, 3))
-@pytest.mark.parametrize("end", [ends, ends_unpacked])
-def test_an_error_while_a_prefix_is_taken_over_leaves_nothing_half(
-    at: int, end: Callable[[EngineLoop, int], None], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    engine, parent = lent_once("qwen3")
-    end(engine, parent)
-    room_for_one(engine)
-    synchronize, calls = mx.synchronize, []
-
-    def fails_later() -> None:
-        calls.append(1)
-        if len(calls) == at:
-            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
-        synchronize()
-
-    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
-    after = submit(engine, NEXT)
-    engine.play()
-    monkeypatch.undo()
-    assert engine.loop.counts["taken_over"] >= 1
-    assert engine.loop.counts["errors"] == (len(calls) >= at)
-    check(engine.cache.tree)
-    assert difference(engine.answers[after], fresh("qwen3", tuple(NEXT))) <= TOLERANCE
     engine.close()
 
 
@@ -469,10 +297,7 @@ class LendingMachine(RuleBasedStateMachine):
         row = accounts.costs.row(len(prompt) + MOST) + accounts.costs.states
         accounts.set_budget(accounts.ledger.held + row - lacking)
         self.ask(prompt)
-
-    @rule()
-    def plenty(self) -> None:
-        self.engine.accounts.set_budget(self.engine.accounts.ceiling)
+        accounts.set_budget(accounts.ceiling)
 
     @rule(share=st.sampled_from([0.1, 0.5, 1.0]))
     def evict(self, share: float) -> None:
@@ -497,7 +322,6 @@ class LendingMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         engine = self.engine
-        engine.accounts.set_budget(engine.accounts.ceiling)
         engine.play()
         seen["taken over"] += engine.loop.counts["taken_over"]
         for id_, prompt in self.asked.items():

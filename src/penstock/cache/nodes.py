@@ -113,6 +113,13 @@ class Node:
         offset = (position - self.start) * WIDTH
         return bytes(self.ids[offset : offset + WIDTH])
 
+    def above(self, length: int) -> Node:
+        """The node on the way to here in which the first `length` positions end; the root for none."""
+        node = self
+        while node.parent is not None and node.start >= length:
+            node = node.parent
+        return node
+
     def deepest(self, limit: int) -> Checkpoint | None:
         """Its deepest checkpoint at or before `limit`."""
         found = max((p for p in self.checkpoints if p <= limit), default=None)
@@ -191,13 +198,6 @@ def up(node: Node) -> Iterator[Node]:
     while node.parent is not None:
         yield node
         node = node.parent
-
-
-def place(node: Node, length: int) -> Node:
-    """The node on the way to this one in which the first `length` positions end; the root for none."""
-    while node.parent is not None and node.start >= length:
-        node = node.parent
-    return node
 
 
 def below(node: Node) -> list[Node]:

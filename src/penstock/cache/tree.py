@@ -19,19 +19,7 @@ from typing import Any
 
 from penstock.cache.checkpoints import surplus
 from penstock.cache.holdings import Holdings, total
-from penstock.cache.nodes import (
-    WIDTH,
-    Checkpoint,
-    Cover,
-    Node,
-    Pin,
-    Segment,
-    common,
-    enter,
-    place,
-    up,
-    walk,
-)
+from penstock.cache.nodes import WIDTH, Checkpoint, Cover, Node, Pin, Segment, common, enter, up, walk
 from penstock.cache.value import is_read
 from penstock.memory.costs import SEGMENT
 
@@ -143,7 +131,7 @@ class Tree(Holdings):
 
     def hold(self, match: Match) -> Pin:
         """Let nothing that a match reads go until `unpin`; no hit yet."""
-        pin = Pin(place(match.node, match.usable), match.usable, match.checkpoint)
+        pin = Pin(match.node.above(match.usable), match.usable, match.checkpoint)
         self._pins[pin] = None
         for node in pin.path():
             node.pins.append(pin)
@@ -161,7 +149,7 @@ class Tree(Holdings):
     def reusable(self, match: Match) -> int:
         """Bytes that `give` frees for a row that starts from a match."""
         packed = sum(s.size for node in up(match.node) for s in node.segments if s.end <= match.usable)
-        return packed + total(self._spent(place(match.node, match.usable), match.usable))
+        return packed + total(self._spent(match.node.above(match.usable), match.usable))
 
     # Rows
 

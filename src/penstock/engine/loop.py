@@ -18,7 +18,6 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -31,7 +30,6 @@ from penstock.engine.prompt_cache import PromptCache
 from penstock.engine.running import Running
 from penstock.engine.sampler import Sampled
 from penstock.engine.scheduler import (
-    LOOK_AHEAD,
     Admit,
     Chunk,
     ClearPool,
@@ -140,8 +138,7 @@ class Loop:
 
     def _plan(self) -> Plan:
         """Ask, apply measures, ask again, until there is a plan (perhaps an empty one: all wait)."""
-        waiting = islice((s for s in self.sequences.values() if not s.entered), LOOK_AHEAD)
-        self.cache.look(waiting, time.monotonic())
+        self.cache.look(self.sequences.values(), time.monotonic())
         while True:
             orphans = self.runner.orphans + (self.in_flight.orphans if self.in_flight is not None else 0)
             self.accounts.keep_states(orphans)
@@ -176,10 +173,10 @@ class Loop:
             self.report.started.append(wire.Started(sequence.id, sequence.cached, sequence.why))
 
     def _apply(self, measure: Measure) -> None:
+        if isinstance(measure, Admit | Evict) and self.cache.promises(measure):
+            return  # another decision may follow from that
         self.counts[type(measure).__name__.lower()] += 1
         match measure:
-            case Admit(sequence) if not self.cache.keeps(sequence):
-                sequence.reuse = 0
             case Admit(sequence, capacity):
                 measure.book()
                 self.accounts.admit(sequence, capacity)
@@ -202,7 +199,7 @@ class Loop:
                     message = "The memory that this request needs is not free on this machine; busy, retry."
                     self._end(sequence, "error", kind="OUT_OF_MEMORY", message=message)
             case Evict(size, sequence):
-                self.cache.make_room(size, sequence)
+                self.cache.evict(size, keep=sequence)
 
     # -- messages -------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, deque
 from collections.abc import Iterable
+from itertools import islice
 from typing import Any
 
 import mlx.core as mx
@@ -26,6 +27,7 @@ from penstock.cache.tree import Cut, Match, Stored, Tree
 from penstock.engine.accounts import Accounts
 from penstock.engine.batch import Runner
 from penstock.engine.rows import Row
+from penstock.engine.scheduler import LOOK_AHEAD, Admit, Evict
 from penstock.engine.sequence import Sequence
 from penstock.memory.ledger import Account, Lease, LedgerError
 
@@ -87,12 +89,12 @@ class PromptCache:
 
     # -- rows come -----------------------------------------------------------------------------------
 
-    def look(self, waiting: Iterable[Sequence], clock: float) -> None:
+    def look(self, sequences: Iterable[Sequence], clock: float) -> None:
         """How much of those that wait is there (`found`), which keeps it; anew as rows come and go."""
         while self._left and self._left[0][0] < clock - GRACE:
             self._left.popleft()
         self._clock, self._wanted = clock, 0
-        for sequence in waiting:
+        for sequence in islice((s for s in sequences if not s.entered), LOOK_AHEAD):
             if self.enabled and sequence.looked != self._changes:
                 sequence.looked = self._changes
                 sequence.found = self.tree.want(sequence.namespace, sequence.tokens[:-1], self._now)
@@ -252,38 +254,45 @@ class PromptCache:
         if self.accounts.ledger.room < 0:
             self.evict(-self.accounts.ledger.room, "budget")
 
-    def make_room(self, size: int, sequence: Sequence | None) -> None:
-        """Free `size` bytes; for a row, first by promising it those of its own prefix (`reuse`)."""
-        if sequence is None:
-            self.evict(size)
-            return
+    def promises(self, measure: Admit | Evict) -> bool:
+        """Whether it has just promised a row the bytes of its own prefix, or taken that back."""
+        sequence = measure.sequence
+        if sequence is None or not (sequence.reuse or isinstance(measure, Evict)):
+            return False
         match = self._match(sequence)
         reuse = self.tree.reusable(match)
-        if not sequence.reuse and reuse > self.costs.taking(match.usable):
-            sequence.reuse = reuse
+        if isinstance(measure, Admit):
+            kept, sequence.reuse = sequence.reuse <= reuse, min(sequence.reuse, reuse)
+            return not kept
+        if sequence.reuse or reuse <= self.costs.taking(match.usable):
+            return False
+        sequence.reuse = reuse
+        return True
+
+    def evict(self, size: int, reason: str = "memory", keep: Sequence | None = None) -> None:
+        """Free at least `size` bytes if that many can go, the least valuable first.
+
+        What `keep` can start from goes last; then nothing is promised to it any more.
+        """
+        if keep is None:
+            self._evict(size, reason)
             return
-        pin = self.tree.hold(match)
+        pin = self.tree.hold(self._match(keep))
         try:
-            size -= self.evict(size)
+            size -= self._evict(size, reason)
         finally:
             self._free(self.tree.unpin(pin, self._now))
         if size > 0:
-            self.evict(size + sequence.reuse)
-            sequence.reuse = 0
+            self._evict(size + keep.reuse, reason)
+            keep.reuse = 0
 
-    def keeps(self, sequence: Sequence) -> bool:
-        """Whether what was promised to it is still there."""
-        return not sequence.reuse or sequence.reuse <= self.tree.reusable(self._match(sequence))
-
-    def evict(self, size: int, reason: str = "memory") -> int:
-        """Free at least `size` bytes if that many can go, the least valuable first; how many went."""
+    def _evict(self, size: int, reason: str) -> int:
         self._passed.clear()
         self._changes += 1
-        before = self.tree.evicted_bytes
-        held = self._passing.size
-        self._free(self.tree.evict(size - held, self._now))
+        before, passing = self.tree.evicted_bytes, self._passing.size
+        self._free(self.tree.evict(size - passing, self._now))
         self._evicted[reason] += self.tree.evicted_bytes - before
-        return held + self.tree.evicted_bytes - before
+        return passing + self.tree.evicted_bytes - before
 
     def tidy(self) -> None:
         """With nothing else to do: pack what was adopted, where there is room for the copies."""
