@@ -6,6 +6,7 @@ hands back to free is gone from the model; what then is cut off from its root mu
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from dataclasses import dataclass, field
 from typing import Any
@@ -42,6 +43,7 @@ class Row:
     cover: Any
     ids: list[int] = field(default_factory=list)
     size: int = 0
+    number: int = field(default_factory=itertools.count().__next__)
 
     before: Ids = ()
 
@@ -220,7 +222,7 @@ class TreeMachine(RuleBasedStateMachine):
     @rule(data=st.data(), most=st.integers(1, 9))
     @precondition(lambda self: self.adopted or self.rows)
     def pack(self, data: st.DataObject, most: int) -> None:
-        row = data.draw(st.sampled_from([*self.rows, *sorted(self.adopted, key=id)]))
+        row = data.draw(st.sampled_from([*self.rows, *sorted(self.adopted, key=lambda row: row.number)]))
         now = self.tick()
         new = [
             Held(row.space, tuple(row.ids[:at]), tuple(row.ids[at : at + count]), count * SIZE)

@@ -10,11 +10,16 @@ step), in order: clear the allocator's pool, evict cached segments, stop admitti
 pass the budget up to the ceiling where one row is left, end that one request. For a transient the chunk
 shrinks first, down to its floor. The oldest row is never preempted, so it ends, hence every row ends.
 
-Who waits comes on board by age. Where the first in line does not fit yet, younger ones that do may pass it:
-otherwise one large prompt leaves the budget half empty while it waits for its share. Whoever has ended before
-enough rows have ended for it, both at the latest, passes for nothing (backfilling). The others may pass with
-`OVERTAKING` times its own ids in all, so a large one, preempted or not, waits for what is in proportion to
-itself; then the board drains until it fits.
+Who waits comes on board by age, but whoever finds most of its prompt in the cache comes first: it saves
+that prefill, and would not if others took its prefix's place. Where the first in line does not fit yet,
+younger ones that do may pass it, too: otherwise one large prompt leaves the budget half empty while it
+waits for its share. Whoever has ended before enough rows have ended for it, both at the latest, passes
+for nothing (backfilling). The others may pass with `OVERTAKING` times its own ids in all, so a large one,
+preempted or not, waits for what is in proportion to itself; then the board drains until it fits.
+
+Cached bytes that somebody is expected to ask for (`Room.recent`) go only for the prompt that would get
+the next chunk: any other would but sit on their room. A row that starts from a prefix and does not fit
+beside it was promised the prefix's own bytes (`Sequence.reuse`), and needs that much less.
 """
 
 from __future__ import annotations

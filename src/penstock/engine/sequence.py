@@ -81,8 +81,8 @@ class Sequence:
         self.compiling = bool(submit.grammar)
         self.host_bytes = host_bytes
         self.entered = False
-        self.found, self.looked = 0, -1
-        self.reuse = 0
+        self.found, self.looked = 0, -1  # ids in the cache while it waits; when that was looked up
+        self.reuse = 0  # bytes of the cache that its row takes over
         self.cached = 0
         self.why = ""
         self.cuts: list[int] = []
