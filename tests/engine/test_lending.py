@@ -29,6 +29,7 @@ from tests.support.lending import (
     difference,
     ends,
     ends_in_little_room,
+    fail_a_copy,
     fail_next,
     fresh,
     ids,
@@ -41,6 +42,7 @@ from tests.support.lending import (
     submit,
     tight,
     until,
+    use_short_segments,
 )
 from tests.support.tree_laws import check
 
@@ -49,9 +51,7 @@ from penstock.engine.sequence import Sequence
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)
-    monkeypatch.setattr("penstock.memory.costs.SEGMENT", 16)
-    monkeypatch.setattr("penstock.cache.tree.SPARE", 0.0)
+    use_short_segments(monkeypatch)
 
 
 def fails(engine: EngineLoop, parent: int) -> None:
@@ -172,15 +172,7 @@ def test_an_error_while_a_row_is_moved_leaves_nothing_half(
     if adopted:
         preempt(engine, parent)
     tight(engine)
-    synchronize, calls = mx.synchronize, []
-
-    def fails_later() -> None:
-        calls.append(1)
-        if len(calls) == at:
-            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
-        synchronize()
-
-    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
+    fail_a_copy(at, monkeypatch)
     if adopted:
         with pytest.raises(RuntimeError):
             engine.cache.tidy()

@@ -238,7 +238,7 @@ def test_with_the_budget_for_k_exactly_k_run_at_once(k: int) -> None:
 
 
 def test_nothing_waits_while_the_pool_or_the_cache_could_give_room() -> None:
-    waiting, running = sequence(1, 3_000), board(sequence(0, 1), 1)
+    waiting, running = sequence(1, 3_000), board(sequence(0, 100))
     short = Room(free=1_000_000, pool=4_000_000, evictable=4_000_000)
     assert isinstance(schedule([waiting, running], FACTS, short), ClearPool)
     assert isinstance(schedule([waiting, running], FACTS, replace(short, pool=0)), Evict)

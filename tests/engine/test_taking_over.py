@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import mlx.core as mx
 import pytest
-from tests.support import faults
 from tests.support.engine_loop import EngineLoop
 from tests.support.lending import (
     CHILD,
@@ -17,21 +15,21 @@ from tests.support.lending import (
     difference,
     ends,
     ends_in_little_room,
+    fail_a_copy,
     fresh,
     lent_once,
     quiet,
     sequence,
     submit,
     until,
+    use_short_segments,
 )
 from tests.support.tree_laws import check
 
 
 @pytest.fixture(autouse=True)
 def _short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)
-    monkeypatch.setattr("penstock.memory.costs.SEGMENT", 16)
-    monkeypatch.setattr("penstock.cache.tree.SPARE", 0.0)
+    use_short_segments(monkeypatch)
 
 
 def ends_unpacked(engine: EngineLoop, parent: int) -> None:
@@ -88,15 +86,7 @@ def test_an_error_while_a_prefix_is_taken_over_leaves_nothing_half(
     engine, parent = lent_once("qwen3")
     end(engine, parent)
     room_for_one(engine)
-    synchronize, calls = mx.synchronize, []
-
-    def fails_later() -> None:
-        calls.append(1)
-        if len(calls) == at:
-            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
-        synchronize()
-
-    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
+    calls = fail_a_copy(at, monkeypatch)
     after = submit(engine, NEXT)
     engine.play()
     monkeypatch.undo()

@@ -8,6 +8,7 @@ from functools import cache
 from typing import Any
 
 import mlx.core as mx
+import pytest
 from tests.support import faults, tiny_models
 from tests.support.engine_loop import Answer, EngineLoop
 
@@ -100,6 +101,28 @@ def fail_next(engine: EngineLoop, how: Callable[[], mx.array]) -> None:
     if not isinstance(runner, faults.Poisoned):
         runner = engine.loop.runner = faults.Poisoned(runner, how)
     runner._how, runner._at = how, (runner.calls + 1,)
+
+
+def use_short_segments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Segments of 16 ids, and nothing there twice."""
+    monkeypatch.setattr("penstock.cache.tree.SEGMENT", 16)
+    monkeypatch.setattr("penstock.memory.costs.SEGMENT", 16)
+    monkeypatch.setattr("penstock.cache.tree.SPARE", 0.0)
+
+
+def fail_a_copy(at: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """At the `at`-th wait of the store MLX tells an error, late. What it returns grows with each wait."""
+    calls: list[int] = []
+    synchronize = mx.synchronize
+
+    def fails_later() -> None:
+        calls.append(1)
+        if len(calls) == at:
+            mx.async_eval(faults.late_error())  # type: ignore[no-untyped-call]
+        synchronize()
+
+    monkeypatch.setattr("penstock.cache.store.mx.synchronize", fails_later)
+    return calls
 
 
 SHARED = ids(100, 1)
