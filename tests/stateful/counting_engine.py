@@ -225,7 +225,6 @@ class CountingEngine:
         for s, capacity in plan.grow:
             self.wide["grown"] += 1
             self.accounts.grow(s, capacity)
-            s.capacity = capacity
         lease = self.accounts.begin(plan.transient)
         self._check_bound(plan)
         orphans = self._orphans()
@@ -354,7 +353,7 @@ class CountingEngine:
             self.end(s.id, reason)
 
     def _enter(self, plan: Plan) -> bool:
-        new = [s for s in (*plan.decode, *([plan.chunk.sequence] if plan.chunk else [])) if not s.entered]
+        new = [s for s in plan.sequences if not s.entered]
         for s in new:
             s.entered = True
             _, found = self.cached.get(s.id, (None, 0))
@@ -368,7 +367,7 @@ class CountingEngine:
                 measure.book()
                 self.wide["passed"] += measure.past is not None
                 self.accounts.admit(s, capacity)
-                s.row, s.capacity = Row(), capacity
+                s.row = Row()
             case ClearPool():
                 self.accounts.clear_pool()
             case Evict(size):
