@@ -34,6 +34,44 @@ def test_a_row_whose_lease_is_never_released_is_found(monkeypatch: pytest.Monkey
     assert made.loop.counts["audit_repairs"] == 1
 
 
+@pytest.mark.parametrize("how", ["preempt", "leave"])
+def test_states_of_a_row_that_the_cache_adopts_are_leased_while_they_are_stacked(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    runner = Runner(tiny_models.build("qwen3_5"))
+    made = EngineLoop(runner, vocab_size=tiny_models.VOCAB, cache_bytes=None)
+    for _ in range(2):
+        made.submit([5] * 40, max_tokens=60)
+    for _ in range(20):
+        made.turn()
+    made.loop._read()
+    monkeypatch.setattr(made.cache, "_copies", lambda cover, row: None)
+    first = next(iter(made.loop.sequences.values()))
+    getattr(made.cache, how)(first)
+    assert runner.orphans == 1
+    assert made.accounts.ledger.balance(Account.STATES) == made.accounts.costs.states > 0
+    assert made.accounts.ledger.balance(Account.CACHED) > 0
+    made.turn()
+    assert runner.orphans == 0
+
+
+def test_what_the_allocator_keeps_beyond_the_pools_lease_goes_when_the_step_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """GPU allocators take in one freed buffer more, however large."""
+    made = engine("qwen3")
+    made.submit([5] * 40, max_tokens=10)
+    pool, cleared = made.accounts.ledger.balance(Account.POOL), []
+    monkeypatch.setattr(mx, "clear_cache", lambda: cleared.append(True))
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: pool)
+    for _ in range(4):
+        made.turn()
+    assert cleared == []
+    monkeypatch.setattr(mx, "get_cache_memory", lambda: pool + 1)
+    made.turn()
+    assert cleared == [True]
+
+
 def test_a_buffer_that_nobody_owns_is_found() -> None:
     made = engine()
     finished(made)

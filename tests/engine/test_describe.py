@@ -62,7 +62,7 @@ def engine(directory: Path) -> tuple[Runner, loader.Loaded, Transient]:
     measured = calibrate.calibrate(
         runner, loaded.facts.vocab_size, room=room, context_length=loaded.facts.context_length, longest=512
     )
-    profile.save(profile.fingerprint(loaded.config, runner.mode, 512, room), measured)
+    profile.save(profile.fingerprint(loaded.config, runner.mode, True, 512, room), measured)
     return runner, loaded, measured
 
 

@@ -29,11 +29,11 @@ ROOM = 48 << 30
 """Bytes that calibration may use on a GPU."""
 
 
-def calibrated(subject: Subject, longest: int, times: int) -> Transient:
+def calibrated(subject: Subject, longest: int, times: int, pipelined: bool) -> Transient:
     """The predictor; what compiles kernels may be slow the first time."""
     for _ in range(times):
         began = time.monotonic()
-        transient = measured(subject, longest)
+        transient = measured(subject, longest, pipelined)
         print(f"calibrated in {time.monotonic() - began:.1f} s: {transient}", flush=True)
     return transient
 
@@ -110,13 +110,13 @@ def main() -> int:
         args.chunk = longest or LARGE[name][2]
         ahead = not probe.copies(subject.runner._model, subject.runner.mode)
         print(f"steps are launched ahead: {ahead}", flush=True)
-        transient = calibrated(subject, args.chunk, args.calibrate)
         facts = {"model": name, "words": subject.words, "launched_ahead": ahead, "seed": args.seed}
         facts |= {"device": device.name(), "context": args.context, "longest_chunk": args.chunk}
         for mode in args.modes.split(","):
             pipelined = ahead and mode == "service"
+            transient = calibrated(subject, args.chunk, args.calibrate, pipelined)
             good &= play(storm(subject, transient, args, pipelined), args, facts | {"mode": mode})
-        del subject, transient
+        del subject
         gc.collect()
         mx.clear_cache()
     return 0 if good else 1

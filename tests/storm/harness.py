@@ -52,7 +52,7 @@ class Launch:
     """Into the prompt cache, while it ran."""
 
 
-def measured(subject: Subject, longest: int) -> Transient:
+def measured(subject: Subject, longest: int, pipelined: bool) -> Transient:
     """The predictor, as the server gets it at its start."""
     return calibrate.calibrate(
         subject.runner,
@@ -60,6 +60,7 @@ def measured(subject: Subject, longest: int) -> Transient:
         room=subject.room,
         context_length=subject.context,
         longest=longest,
+        pipelined=pipelined,
         per_score=subject.per_score,
     )
 
@@ -82,7 +83,7 @@ class Storm:
         subject = small(subject) if isinstance(subject, str) else subject
         self.random = random.Random(seed)
         self.runner, self.context = subject.runner, subject.context
-        self.transient = transient or measured(subject, longest)
+        self.transient = transient or measured(subject, longest, pipelined)
         costs = calibrate.costs_of(self.runner)
         mx.synchronize()
         mx.clear_cache()
@@ -135,10 +136,10 @@ class Storm:
             if not loop.pipelined:
                 mx.synchronize()  # the step has been read, but its last buffers may still be about to go
             self._compare(self._new_peak())
+            observe(step)
             beyond = int(mx.get_cache_memory()) - self.pool
             self.record.pool_beyond = max(self.record.pool_beyond, beyond)
             self.record.expect(beyond <= 0, f"the pool keeps {beyond} bytes more than {self.pool}")
-            observe(step)
             self.pool = accounts.ledger.balance(Account.POOL)
 
         def watched_recover(error: Exception) -> None:
@@ -172,9 +173,11 @@ class Storm:
                 peak, leased = self._new_peak(), self.leased
                 active, before = int(mx.get_active_memory()), accounts.lasting
                 self.leased = before
-                row = accounts.rows[args[0].id].size if kind == "assemble" else 0  # leased, but not yet there
+                size = accounts.rows[args[0].id].size
+                row = size if kind == "assemble" else 0  # leased, but not yet there
                 act(*args, **named)
-                self.record.copied(kind, self._new_peak() - active, self.leased - before + row)
+                words = f"{len(args[0].tokens)} ids, {args[0].cached} cached, {size} bytes of row"
+                self.record.copied(kind, self._new_peak() - active, self.leased - before + row, words)
                 self.peak, self.leased = peak, max(leased, self.leased)
 
             return run
@@ -211,13 +214,17 @@ class Storm:
             in_use = (ledger.held + plan.transient) / ledger.budget
             self.record.in_use.append(in_use)
             self.record.unused[self._why_unused(plan)] += max(0.0, 1 - in_use)
-        growth = sum(loop.facts.costs.growth(s.capacity, capacity) for s, capacity in plan.grow)
+        costs = loop.facts.costs
+        growth = sum(costs.growth(s.capacity, capacity) for s, capacity in plan.grow)
+        # A chunk's first keys allocate its row, perhaps before one that ends meanwhile goes.
+        begins = plan.chunk is not None and plan.chunk.sequence.row.length == 0
+        first = costs.growth(0, plan.chunk.sequence.row.capacity) if begins else 0
         return Launch(
             " + ".join(parts),
             plan.transient,
             ledger.budget,
             len(on_board) == 1,
-            int(mx.get_active_memory()) + growth,
+            int(mx.get_active_memory()) + growth + first,
             self.engine.accounts.lasting + growth,
             f"{len(plan.decode)} rows of {sum(s.launched + 1 for s in plan.decode)} ids, growing "
             f"{[(s.capacity, capacity) for s, capacity in plan.grow]}, chunk of "

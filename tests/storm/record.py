@@ -24,6 +24,7 @@ class Record:
     ratios: dict[str, list[tuple[float, int]]] = field(default_factory=lambda: defaultdict(list))
     """By what a step did: (measured ÷ predicted, measured bytes)."""
     worst_step: str = ""
+    worst_copying: str = ""
     largest_share: float = 0.0
     """Of the budget, held by one step's transient."""
     in_use: list[float] = field(default_factory=list)
@@ -45,11 +46,15 @@ class Record:
         if not holds:
             self.broken.append(words)
 
-    def copied(self, kind: str, measured: int, leased: int) -> None:
+    def copied(self, kind: str, measured: int, leased: int, words: str) -> None:
         """Bytes that the prompt cache held more while it copied, and what it had room for."""
-        self.expect(measured <= leased + TOLERANCE, f"{kind}: {measured} bytes, {leased} were granted")
+        said = f"{kind}, {measured} of {leased} bytes granted: {words}"
+        self.expect(measured <= leased + TOLERANCE, said)
         if measured > TOLERANCE:
-            self.ratios[kind].append((measured / (leased + TOLERANCE), measured))
+            ratio = measured / (leased + TOLERANCE)
+            if ratio > self.worst(copies=True):
+                self.worst_copying = said
+            self.ratios[kind].append((ratio, measured))
 
     def median_in_use(self) -> float:
         return statistics.median(self.in_use) if self.in_use else 0.0
@@ -92,6 +97,8 @@ class Record:
             found.append(f"{kind:10s} {len(ratios):5d} × worst {worst:.2f} median {median:.2f}")
         if self.worst_step:
             found.append(f"worst: {self.worst_step}")
+        if self.worst_copying:
+            found.append(f"worst: {self.worst_copying}")
         found += [f"BROKEN ({len(self.broken)} times): {words}" for words in self.broken[:3]]
         if big := self.median_of_big_chunks():
             found.append(f"chunks above {BIG / 1e6:.0f} MB: median {big:.2f}")
@@ -122,6 +129,8 @@ class Record:
             "worst": self.worst(),
             "worst_copy": self.worst(copies=True),
             "worst_step": self.worst_step,
+            "worst_copying": self.worst_copying,
             "broken": len(self.broken),
+            "breaches": self.broken[:50],
             "median_of_big_chunks": self.median_of_big_chunks(),
         }

@@ -133,7 +133,7 @@ def test_states_of_rows_that_left_are_leased_and_would_be_missed(monkeypatch: py
 @pytest.mark.storm
 def test_a_constant_predictor_fails() -> None:
     """The positive control of the medians: the worst of all, predicted for everything, wastes most of it."""
-    most = measured(small("qwen3_5"), 1_024).prefill(256, 8_192)
+    most = measured(small("qwen3_5"), 1_024, True).prefill(256, 8_192)
     constant = Transient(Scalars(most, 0, 0), Scalars(most, 0, 0))
     record = Storm("qwen3_5", share=2.5, pipelined=False, transient=constant, longest=256).run(150)
     assert record.median_of_big_chunks() < 0.75
@@ -142,7 +142,7 @@ def test_a_constant_predictor_fails() -> None:
 @pytest.mark.storm
 def test_half_the_scores_fails() -> None:
     """The positive control of the bound: a predictor that forgets a part is found out."""
-    real = measured(small("qwen3_5"), 1_024)
+    real = measured(small("qwen3_5"), 1_024, True)
     assert isinstance(real.chunk, Curve)
     lines = tuple(replace(line, start=line.start / 2, per_key=line.per_key / 2) for line in real.chunk.lines)
     forgetful = replace(real, chunk=replace(real.chunk, lines=lines))

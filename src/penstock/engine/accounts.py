@@ -94,6 +94,14 @@ class Accounts:
         self.ledger.release(self.rows.pop(sequence.id))
         self.ledger.correct(self._states, self._states.size + self.costs.states, 0)
 
+    def adopt(self, sequence: Sequence, size: int, buffers: int) -> Lease:
+        """Of a row's memory the cache keeps so much; the rest is free, but for its states."""
+        lease = self.rows.pop(sequence.id)
+        self.ledger.move(lease, Account.CACHED)
+        self.ledger.correct(lease, size, buffers)
+        self.ledger.correct(self._states, self._states.size + self.costs.states, 0)
+        return lease
+
     def keep_states(self, orphans: int) -> None:
         """States of rows that have left, which stay where they were stacked until the stack is made anew."""
         self.ledger.correct(self._states, orphans * self.costs.states, 0)

@@ -18,7 +18,7 @@ import mlx.core as mx
 from mlx_lm.models.cache import RotatingKVCache
 from msgspec.structs import replace
 
-from penstock.engine import device
+from penstock.engine import device, pace
 from penstock.engine.batch import Runner
 from penstock.engine.draws import NARROW
 from penstock.engine.gated_delta import THRESHOLD
@@ -38,7 +38,7 @@ PATIENCE = 1.2
 """Seconds for each part that may be cut short; processor time on the CPU back end, load costs none."""
 ROWS = 4
 RUNS, DRAWS = 3, 5
-"""How often a chunk is measured on a GPU, and a draw: what they hold differs a little."""
+"""How often a step is measured, and a draw: how much is free by then differs from run to run."""
 ROUNDING = {"cpu": 2 * PAGESIZE, "metal": 2 * 16_384, "cuda": 2 * 16_384}
 """A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
 
@@ -81,15 +81,16 @@ def calibrate(
     room: int,
     context_length: int,
     longest: int,
+    pipelined: bool = True,
     per_score: float = 0.0,
     beat: Callable[[], object] = lambda: None,
 ) -> Transient:
     """The predictor of this model, from measured chunks and decode steps within `room` bytes.
 
-    `longest`: ids of the longest chunk in service; `per_score`: see `fit_curve`; `beat` is called before each
-    measured step.
+    `longest`: ids of the longest chunk in service; `pipelined`: whether steps are launched ahead there;
+    `per_score`: see `fit_curve`; `beat` is called before each measured step.
     """
-    bench = _Bench(runner, vocab_size, room, beat)
+    bench = _Bench(runner, vocab_size, room, beat, pipelined)
     longest = max(1, min(longest, context_length - 2))
     alone = bench.alone(longest)
     quarter = room // (4 * max(1, costs_of(runner).kv_per_token))  # ids of a row that takes so much of it
@@ -106,8 +107,16 @@ def calibrate(
 class _Bench:
     """Takes the samples, and knows how long they took."""
 
-    def __init__(self, runner: Runner, vocab_size: int, room: int, beat: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        runner: Runner,
+        vocab_size: int,
+        room: int,
+        beat: Callable[[], object] = lambda: None,
+        pipelined: bool = True,
+    ) -> None:
         self.runner, self.vocab_size, self.room, self.beat = runner, vocab_size, room, beat
+        self.pipelined = pipelined
         self.clock = time.process_time if _on_cpu() else time.monotonic
         self.left = PATIENCE
         self.rows: list[Row] = []
@@ -151,11 +160,17 @@ class _Bench:
         return [sample for pair in pairs for _, sample in pair]
 
     def step(self, count: int, context: int, sampling: Sampling = LEAN[0]) -> Sample:
-        """Two decode steps, with the simplest draws, the second launched before the first is read.
+        """Decode steps, with the simplest draws: two, the second launched before the first is read.
 
         In service each has a lease of its own. But a GPU that is busy frees nothing while a step is launched,
-        and an idle one does; so this is what one step may hold.
+        and may have to copy what the step before still reads; so this is what one step may hold. Where no
+        step is launched ahead, the second one waits for the first.
         """
+        peak = max(self._steps(count, context, sampling) for _ in range(RUNS))
+        return Sample(tuple((1, context) for _ in range(count)), peak)
+
+    def _steps(self, count: int, context: int, sampling: Sampling) -> int:
+        """The peak in bytes of such steps."""
         rows = self._stand(count, context, 4)
         batch = SamplingBatch([sampling] * count, self.vocab_size)
         history = [array("I", [0]) * 64] * count
@@ -164,13 +179,15 @@ class _Bench:
         base = _settled()
         first = sample(self.runner.decode(rows, inputs), batch, [context + 1] * count, history, inputs)
         mx.async_eval(first)  # type: ignore[no-untyped-call]
+        if not self.pipelined:
+            mx.synchronize()
         second = sample(
             self.runner.decode(rows, first.tokens), batch, [context + 2] * count, history, first.tokens
         )
         mx.eval(second)
         peak = int(mx.get_peak_memory()) - base
         self.close()
-        return Sample(tuple((1, context) for _ in range(count)), peak)
+        return peak
 
     def draw(self, *rows: Sampling) -> int:
         """Bytes that drawing these rows' ids holds."""
@@ -201,26 +218,33 @@ class _Bench:
     def _chunk(self, length: int, context: int) -> tuple[float, Sample]:
         """A chunk after `context` ids, and the seconds it took.
 
-        On a GPU the first run compiles kernels, and what a chunk holds differs from run to run: a layer's
-        buffers are free a moment after it is done.
+        On a GPU the first run compiles kernels.
         """
-        runs = [self._run(length, context) for _ in range(1 if _on_cpu() else RUNS)]
+        runs = [self._run(length, context) for _ in range(RUNS)]
         took = min(seconds for seconds, _ in runs)
         self.left -= took
-        return took, Sample(((length, context),), max(peak for _, peak in runs))
+        layers = tuple(max(peaks) for peaks in zip(*(peaks for _, peaks in runs), strict=True))
+        return took, Sample(((length, context),), max(layers), layers)
 
-    def _run(self, length: int, context: int) -> tuple[float, int]:
-        """Seconds and peak in bytes of one chunk."""
+    def _run(self, length: int, context: int) -> tuple[float, list[int]]:
+        """Seconds of one chunk, and the peak in bytes of each of its layers."""
         (row,) = self._stand(1, context, length)
         base = _settled()
+        peaks: list[int] = []
+
+        def done() -> None:
+            peaks.append(int(mx.get_peak_memory()) - base)
+            mx.reset_peak_memory()
+
         began = self.clock()
-        arrays = self.runner.prefill(row, [0] * length)
+        with pace.watched(done):
+            arrays = self.runner.prefill(row, [0] * length)
         mx.eval(arrays)
-        peak = int(mx.get_peak_memory()) - base
+        done()
         took = self.clock() - began
         del arrays
         self.close()
-        return took, peak
+        return took, peaks
 
     def _stand(self, count: int, context: int, more: int) -> list[Row]:
         """Rows that stand at `context`, at least 1, and have room for `more`."""

@@ -72,7 +72,9 @@ def describe(question: Question) -> dict[str, Any]:
 def _measured(question: Question, config: Mapping[str, Any], room: int) -> Transient | None:
     """What an engine has measured for this model on this machine, if one has run."""
     keys = (
-        profile.fingerprint(config, mode, question.prefill_step_size, room) for mode in ("ragged", "serial")
+        profile.fingerprint(config, mode, pipelined, question.prefill_step_size, room)
+        for mode in ("ragged", "serial")
+        for pipelined in (True, False)
     )
     return next(filter(None, map(profile.load, keys)), None)
 

@@ -383,6 +383,8 @@ class Loop:
         measured = peak - max(step.lasting, self.accounts.lasting)
         self.correction.observe(granted, int(measured * MARGIN))
         self.reporter.observed(granted, measured, self.correction.factor)
+        if mx.get_cache_memory() > self.accounts.ledger.balance(Account.POOL):
+            mx.clear_cache()  # a freed buffer may be larger than all that the pool is to hold
 
     def _read_draws(self, step: InFlight, draws: Sampled) -> None:
         for sequence, row in answers(step.rows, draws):

@@ -87,7 +87,7 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
     runner = Runner(loaded.model, mode=found.mode, reason=found.reason)
     costs = calibrate.costs_of(runner)
     room = budget.ceiling - facts.weights_bytes
-    transient = _transient(options, loaded, runner, room, channel, page)
+    transient = _transient(options, loaded, runner, found.pipelined, room, channel, page)
     mx.clear_cache()
     held = max(facts.weights_bytes + transient.constants, int(mx.get_active_memory()))
     longest = Fit(costs, transient).longest(budget.ceiling - held, facts.context_length)
@@ -134,12 +134,13 @@ def _transient(
     options: wire.EngineOptions,
     loaded: loader.Loaded,
     runner: Runner,
+    pipelined: bool,
     room: int,
     channel: EngineChannel,
     page: Page,
 ) -> Transient:
     """The predictor of this model here: as it was stored, or measured now and stored."""
-    key = profile.fingerprint(loaded.config, runner.mode, options.prefill_step_size, room)
+    key = profile.fingerprint(loaded.config, runner.mode, pipelined, options.prefill_step_size, room)
     if (stored := profile.load(key)) is not None:
         return stored
     channel.send(wire.Loading("calibration"))
@@ -150,6 +151,7 @@ def _transient(
         room=room,
         context_length=loaded.facts.context_length,
         longest=options.prefill_step_size,
+        pipelined=pipelined,
         per_score=_per_score(loaded),
         beat=page.beat,
     )

@@ -3,48 +3,57 @@
 MLX launches a whole chunk before a GPU has run its first layer, and the activations of every layer that is
 launched are there together: four to five times as much with twelve layers (an H200), and it is slower, too.
 Its own bound (`set_memory_limit`) looks up only when a command buffer was handed over, on CUDA after up to
-1 GB. So each layer says here when it has written its keys, or its state: what leads up to that is launched,
-and what came before the last mark is waited for. Owns the last mark. Invariant: one layer's work runs while
-the next one is built and launched, never more. One thread uses MLX, so the mark is the module's.
+1 GB. So each layer says here when it has written its keys, or its state: what came before is waited for, and
+what leads up to that is launched. Invariant: one layer's work runs while the next one is built, and nothing
+of it is left when that is launched, however fast the device is. One thread uses MLX, so the switches are the
+module's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import mlx.core as mx
 
-_marks: list[mx.array] | None = None
-"""The last one, if there is one; None where nobody launches by layers."""
+_on = False
+_done: Callable[[], object] = bool
+"""Called whenever a layer is done."""
 
 
 @contextmanager
 def layer_by_layer() -> Iterator[None]:
     """Within it, layers are launched as they are built. Raises what MLX raises of an earlier one."""
-    global _marks  # noqa: PLW0603
-    _marks = []
+    global _on  # noqa: PLW0603
+    _on = True
     try:
         yield
     finally:
-        _marks = None
+        _on = False
+
+
+@contextmanager
+def watched(done: Callable[[], object]) -> Iterator[None]:
+    """Within it, `done` is called when what was launched up to a mark is done and its buffers are free."""
+    global _done  # noqa: PLW0603
+    _done = done
+    try:
+        yield
+    finally:
+        _done = bool
 
 
 def is_on() -> bool:
     """Whether somebody launches by layers."""
-    return _marks is not None
+    return _on
 
 
 def mark(*written: mx.array) -> None:
     """A layer has (lazily) written these; nothing happens outside of `layer_by_layer`.
 
-    The wait is for the layer before, and here, so that its buffers are free when the next one is launched.
-    One number is waited for: a view would keep its buffer, a lone element owns itself.
+    `synchronize` and not `eval`: that returns when the work is done, this when its buffers are free as well.
     """
-    global _marks  # noqa: PLW0603
-    if _marks is None:
-        return
-    element = mx.contiguous(written[-1][(slice(1),) * written[-1].ndim])
-    mx.async_eval(element, *written[:-1])  # type: ignore[no-untyped-call]
-    mx.eval(_marks)
-    _marks = [element]
+    if _on:
+        mx.synchronize()
+        _done()
+        mx.async_eval(*written)  # type: ignore[no-untyped-call]

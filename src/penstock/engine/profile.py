@@ -23,18 +23,19 @@ from msgspec import structs
 from penstock import __version__
 from penstock.memory.predict import Curve, Scalars, Transient
 
-FORM = 3
+FORM = 4
 """Of the numbers in a file and of how they are measured: another one is measured anew, never misread."""
 
 
-def fingerprint(config: Mapping[str, Any], mode: str, longest_chunk: int, room: int) -> str:
-    """Names the measured situation: model, software, device, batch mode, and how much room there was."""
+def fingerprint(config: Mapping[str, Any], mode: str, pipelined: bool, longest_chunk: int, room: int) -> str:
+    """Names the measured situation: model, software, device, how steps run, and how much room there was."""
     known = {
         "form": FORM,
         "config": json.loads(json.dumps(config, default=str)),
         "versions": [__version__, *(version(name) for name in ("mlx", "mlx-lm"))],
         "device": {k: v for k, v in mx.device_info().items() if k not in ("free_memory", "uuid")},
         "mode": mode,
+        "pipelined": pipelined,
         "longest_chunk": longest_chunk,
         "room": room.bit_length(),
         "preload": "openblas" in os.environ.get("LD_PRELOAD", ""),

@@ -380,10 +380,8 @@ class PromptCache:
 
     def _adopt(self, sequence: Sequence, cover: Cover) -> None:
         row = sequence.row
-        lease = self.accounts.rows.pop(sequence.id)
         kept = self.costs.row(sequence.capacity) - self.costs.fixed
-        self.accounts.ledger.move(lease, Account.CACHED)
-        self.accounts.ledger.correct(lease, kept, 2 * len(row.kv))
+        lease = self.accounts.adopt(sequence, kept, 2 * len(row.kv))
         self.runner.detach(row)
         sequence.row = None
         self._adopted[row] = cover, lease

@@ -7,9 +7,10 @@ The transient peak of a prefill chunk of c ids on top of k computed ones is a `C
 `alone` is a table of measured peaks without context (activations, experts, chunked gated-delta states: no
 formula fits them all). What grows with the context is attention: the scores of one layer where no fused
 kernel runs, keys that are copied or expanded. Which of them differs with the chunk's length, so each length
-that was measured has a `Line` over the keys, c + k; layers run one after the other, so it shows only where it
-exceeds the other layers' peak. A decode step of rows with lengths k1…kB is `Scalars`: base + per_id · B +
-per_score · (k1 + … + kB); it has logits and draws, and other kernels.
+that was measured has a `Line` over the keys, c + k; layers run one after the other, so in the whole it shows
+only where it exceeds the other layers' peak, and it is looked for in each layer's own. A decode step of rows
+with lengths k1…kB is `Scalars`: base + per_id · B + per_score · (k1 + … + kB); it has logits and draws, and
+other kernels.
 
 Fits are raised until no measured step exceeds its prediction. `Correction` follows what is measured later: it
 rises at once and falls by decay, never a lasting maximum; it shapes chunks and margins, never admission.
@@ -20,7 +21,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import combinations, pairwise
+from itertools import accumulate, combinations, groupby, pairwise
 from typing import Protocol
 
 MARGIN = 1.15
@@ -35,6 +36,12 @@ class Sample:
 
     chunks: tuple[tuple[int, int], ...]
     peak: int
+    layers: tuple[int, ...] = ()
+    """Of a chunk that runs layer by layer: the peak of each."""
+
+    def of(self, layers: Iterable[int]) -> int:
+        """The highest peak of these layers, or 0; a step of which no layers are known is one."""
+        return max(((self.layers or (self.peak,))[i] for i in layers), default=0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,23 +211,33 @@ def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample], per_score: float 
     """
     if not alone:
         raise ValueError("nothing was measured")
-    highest = 0.0
-    table: dict[int, float] = {}
-    for sample in sorted(alone, key=lambda s: s.chunks[0][0]):
-        highest = table[sample.chunks[0][0]] = max(highest, float(sample.peak))
-    curve = Curve(tuple(table), tuple(table.values()))
-    by_length: dict[int, list[tuple[int, int]]] = {}
-    for sample in deep:
-        length, context = sample.chunks[0]
-        by_length.setdefault(length, []).append((context, sample.peak))
-    lines = [_line(c, curve.alone(c), sorted(points), per_score) for c, points in sorted(by_length.items())]
-    return Curve(curve.lengths, curve.peaks, tuple(lines))
+    table = {_length(sample): float(sample.peak) for sample in sorted(alone, key=_length)}
+    known = {_length(sample): sample for sample in alone}
+    lines = []
+    for length, samples in groupby(sorted(deep, key=lambda s: s.chunks), _length):
+        *_, near, far = samples
+        growing, rest = _growing(near, far)
+        table[length] = max(table[length], near.of(rest), far.of(rest))
+        lines.append(_line(known[length], near, far, growing, per_score))
+    return Curve(tuple(table), tuple(accumulate(table.values(), max)), tuple(lines))
 
 
-def _line(length: int, alone: float, points: Sequence[tuple[int, int]], per_score: float) -> Line:
-    """What keys add to a chunk whose peak without context is `alone`, from (context, peak) twice."""
-    (near, low), (far, high) = ((context + length, peak) for context, peak in points[-2:])
-    shows = 1.05 * alone
+def _length(sample: Sample) -> int:
+    return sample.chunks[0][0]
+
+
+def _growing(near: Sample, far: Sample) -> tuple[list[int], list[int]]:
+    """The layers that keys add to, and the others; all layers where they add to none."""
+    growth = [far.of([i]) - near.of([i]) for i in range(len(near.layers) or 1)]
+    least = max(growth) / 2 if max(growth) > 0 else min(growth)
+    return [i for i, g in enumerate(growth) if g >= least], [i for i, g in enumerate(growth) if g < least]
+
+
+def _line(known: Sample, close: Sample, distant: Sample, layers: Sequence[int], per_score: float) -> Line:
+    """What keys add to a chunk's `layers`, whose peak without context is known."""
+    length = _length(known)
+    (near, low), (far, high) = ((s.chunks[0][1] + length, s.of(layers)) for s in (close, distant))
+    shows = 1.05 * known.of(layers)
     flat = high <= shows
     if low > shows or (flat and not per_score):
         slope = max(0.0, (high - low) / (far - near))
