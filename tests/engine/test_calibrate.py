@@ -70,6 +70,18 @@ def test_what_context_costs_is_measured_where_a_chunk_may_be_as_long_as_it(
         assert measure(runner, length, context).peak <= transient.prefill(length, context), (length, context)
 
 
+def test_where_recurrent_layers_hold_the_most_a_chunk_holds_what_whole_blocks_do() -> None:
+    """Qwen3.5-4B's on a GPU, too: 257 ids take a quarter more than 256, and as much as 320."""
+    recurrent = {"linear_num_value_heads": 16, "linear_num_key_heads": 4}
+    recurrent |= {"linear_key_head_dim": 64, "linear_value_head_dim": 64}
+    runner = scaled_models.runner("qwen3_5", hidden_size=64, intermediate_size=64, **recurrent)
+    transient = calibrated(runner, 512)
+    assert transient.chunk.block == 64  # type: ignore[attr-defined]
+    for length in (256, 257, 300, 320, 385, 449):
+        peak, predicted = measure(runner, length, 1).peak, transient.prefill(length, 1)
+        assert 0.75 * predicted <= peak <= predicted, length
+
+
 @pytest.mark.storm
 def test_a_constant_or_a_flat_predictor_fails_that_test() -> None:
     """The positive control: what ignores the context, or the chunk, is far off on the same grid."""

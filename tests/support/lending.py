@@ -148,9 +148,10 @@ def ends(engine: EngineLoop, parent: int) -> None:
 
 
 def tight(engine: EngineLoop) -> None:
-    """From now on there is never room for more than one layer of a row."""
+    """From now on there is never room for more than one layer of a row, or for a segment cut in two."""
     costs = engine.accounts.costs
-    engine.cache._room = lambda size: size <= 200 * costs.layer_per_token  # type: ignore[method-assign]
+    most = 200 * costs.layer_per_token + costs.rounding // 2
+    engine.cache._room = lambda size: size <= most  # type: ignore[method-assign]
 
 
 def ends_in_little_room(engine: EngineLoop, parent: int) -> None:

@@ -21,7 +21,7 @@ from msgspec.structs import replace
 from penstock.engine import device, pace
 from penstock.engine.batch import Runner
 from penstock.engine.draws import NARROW
-from penstock.engine.gated_delta import THRESHOLD
+from penstock.engine.gated_delta import CHUNK, THRESHOLD
 from penstock.engine.rows import Row
 from penstock.engine.sampler import SamplingBatch, sample
 from penstock.memory.costs import CHUNK_FLOOR, Costs
@@ -37,7 +37,7 @@ SHORT_CHUNKS = (16, 64)
 PATIENCE = 1.2
 """Seconds for each part that may be cut short; processor time on the CPU back end, load costs none."""
 ROWS = 4
-RUNS, DRAWS = 3, 5
+RUNS, DRAWS = 3, 10
 """How often a step is measured, and a draw: how much is free by then differs from run to run."""
 ROUNDING = {"cpu": 2 * PAGESIZE, "metal": 2 * 16_384, "cuda": 2 * 16_384}
 """A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
@@ -93,7 +93,9 @@ def calibrate(
     bench = _Bench(runner, vocab_size, room, beat, pipelined)
     longest = max(1, min(longest, context_length - 2))
     alone = bench.alone(longest)
-    quarter = room // (4 * max(1, costs_of(runner).kv_per_token))  # ids of a row that takes so much of it
+    costs = costs_of(runner)
+    block = CHUNK if costs.states and bench.fills_up(alone) else 1
+    quarter = room // (4 * max(1, costs.kv_per_token))  # ids of a row that takes so much of it
     # A chunk may be as long as the model's context; what context costs is to be seen even then.
     spare = min(longest, max(*SHORT_CHUNKS, context_length // 4))
     long = max(1, min(LONG, context_length - spare - 2, max(LEAST_LONG, quarter)))
@@ -101,7 +103,7 @@ def calibrate(
     steps = [bench.step(rows, k) for rows, k in sorted({(1, 1), (ROWS, 1), (1, long)})]
     draws = bench.draws()
     bench.close()
-    return Transient(fit_curve(alone, deep, per_score), fit(steps), *draws)
+    return Transient(fit_curve(alone, deep, per_score, block), fit(steps), *draws)
 
 
 class _Bench:
@@ -132,6 +134,14 @@ class _Bench:
             took, sample = self._chunk(length, 1)
             samples.append(sample)
         return samples
+
+    def fills_up(self, alone: list[Sample]) -> bool:
+        """Whether a chunk holds what whole blocks do: one that begins a block shows it."""
+        curve, length = fit_curve(alone, []), CHUNK_FLOOR + 1
+        if curve.lengths[-1] < CHUNK_FLOOR:
+            return False
+        _, seen = self._chunk(length, 1)
+        return seen.peak > 1.1 * curve.alone(length)  # a quarter more where they hold the most
 
     def deep(self, lengths: list[int], long: int) -> list[Sample]:
         """Chunks of two lengths, each after half of `long` ids and after all of them.

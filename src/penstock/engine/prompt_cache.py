@@ -339,7 +339,8 @@ class PromptCache:
 
     def _cut(self, cut: Cut) -> bool:
         """Copy a segment in two; False if there is no room for the copies."""
-        if not self._room(cut.segment.size):
+        rounding = 2 * len(cut.segment.handle.arrays) * self.costs.rounding // self.costs.buffers
+        if not self._room(cut.segment.size + rounding):
             return False
         first, rest = store.cut(cut.segment.handle, cut.at)
         self._buffers += len(first.arrays) + len(rest.arrays)

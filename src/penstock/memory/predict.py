@@ -75,10 +75,13 @@ class Curve:
     peaks: tuple[float, ...]
     lines: tuple[Line, ...] = ()
     """Of the lengths that were measured with context, rising."""
+    block: int = 1
+    """Ids that recurrent layers compute at a time: a longer chunk is filled up to a multiple of it."""
 
     def peak(self, chunks: Sequence[tuple[int, int]]) -> int:
         """Predicted peak of (chunk, ids computed before) one after the other, without margin."""
-        return math.ceil(max(max(self.alone(c), self.deep(c, k)) for c, k in chunks))
+        filled = [(c if c <= self.block else c + -c % self.block, k) for c, k in chunks]
+        return math.ceil(max(max(self.alone(c), self.deep(c, k)) for c, k in filled))
 
     def alone(self, length: int) -> float:
         """Peak of a chunk without context."""
@@ -202,12 +205,14 @@ def fit(samples: Sequence[Sample]) -> Scalars:
     return Scalars(base, per_id, per_score)
 
 
-def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample], per_score: float = 0.0) -> Curve:
+def fit_curve(
+    alone: Sequence[Sample], deep: Sequence[Sample], per_score: float = 0.0, block: int = 1
+) -> Curve:
     """The curve through chunks without context, and through those with: two contexts for each length.
 
     No sample exceeds its prediction. `deep` may be empty: no layer's work depends on the context.
     `per_score`: bytes of a (query, key) pair that attention must be expected to hold where other layers hid
-    it in all that was measured. Raises ValueError without `alone`.
+    it in all that was measured. `block`: see `Curve`. Raises ValueError without `alone`.
     """
     if not alone:
         raise ValueError("nothing was measured")
@@ -219,7 +224,7 @@ def fit_curve(alone: Sequence[Sample], deep: Sequence[Sample], per_score: float 
         growing, rest = _growing(near, far)
         table[length] = max(table[length], near.of(rest), far.of(rest))
         lines.append(_line(known[length], near, far, growing, per_score))
-    return Curve(tuple(table), tuple(accumulate(table.values(), max)), tuple(lines))
+    return Curve(tuple(table), tuple(accumulate(table.values(), max)), tuple(lines), block)
 
 
 def _length(sample: Sample) -> int:
