@@ -110,6 +110,7 @@ JSON = Form("JSON", "a JSON object", _object)
 LEVEL = Form("LEVEL", "one of " + ", ".join(LOG_LEVELS), _level)
 FORMAT = Form("FORMAT", "one of " + ", ".join(LOG_FORMATS), _format)
 
+NOT_YET = "this is not supported yet"
 MODEL, SERVER, SAMPLING, BATCH, MEMORY, LATER = "Model", "Server", "Sampling", "Batching", "Memory", "Not yet"
 
 
@@ -266,11 +267,7 @@ class Options:
         "unsent answers; requests beyond it get a 503, one that is too large by itself a 413.",
     )
     prompt_cache_size: int | None = _option(
-        MEMORY,
-        _whole(0),
-        None,
-        "The most sequences in the prompt cache; 0 turns it off.",
-        unset="any number that the memory holds",
+        MEMORY, _whole(0), None, "The most sequences in the prompt cache; 0 turns it off.", unset="any number"
     )
     prompt_cache_bytes: int | None = _option(
         MEMORY,
@@ -290,36 +287,20 @@ class Options:
         unset="never",
     )
     adapter_path: str | None = _option(
-        LATER, TEXT, None, "A directory with adapter weights.", refused="adapters are not supported yet"
+        LATER, TEXT, None, "A directory with adapter weights.", refused=NOT_YET
     )
     draft_model: str | None = _option(
-        LATER,
-        TEXT,
-        None,
-        "A smaller model for speculative decoding.",
-        refused="speculative decoding is not supported yet",
+        LATER, TEXT, None, "A smaller model for speculative decoding.", refused=NOT_YET
     )
     num_draft_tokens: int = _option(LATER, _whole(1), 3, "Tokens drafted at a time; only with --draft-model.")
     pipeline: bool = _option(
-        LATER,
-        SWITCH,
-        False,
-        "Spread the model over machines by pipelining.",
-        refused="serving from several machines is not supported yet",
+        LATER, SWITCH, False, "Spread the model over machines by pipelining.", refused=NOT_YET
     )
     kv_bits: int | None = _option(
-        LATER,
-        _whole(1),
-        None,
-        "Bits per number of a quantised KV cache.",
-        refused="a quantised KV cache is not supported yet",
+        LATER, _whole(1), None, "Bits per number of a quantised KV cache.", refused=NOT_YET
     )
-    kv_group_size: int = _option(
-        LATER, _whole(1), 64, "Group size of a quantised KV cache; only with --kv-bits."
-    )
-    quantized_kv_start: int = _option(
-        LATER, _whole(0), 5000, "The position from which the KV cache is quantised; only with --kv-bits."
-    )
+    kv_group_size: int = _option(LATER, _whole(1), 64, "Group size of such a cache; only with --kv-bits.")
+    quantized_kv_start: int = _option(LATER, _whole(0), 5000, "Its first position; only with --kv-bits.")
 
 
 def listed() -> tuple[Field[Any], ...]:

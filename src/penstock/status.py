@@ -18,7 +18,7 @@ class Memory(Struct, kw_only=True):
     """Of the engine, as it said at `at`; None where it has not said anything yet."""
 
     owners: dict[str, int] = {}
-    """weights, pool, live_kv, states, cached, staging, transient; they add up to `held`."""
+    """weights, pool, live_kv, states, cached, grammars, transient; they add up to `held`."""
     held: int = 0
     budget: int | None = None
     """What it may hold now, and what decided that; rows get no more."""

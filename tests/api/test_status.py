@@ -25,7 +25,7 @@ from penstock import models, status, wire
 
 SECRET = "heron in the reeds"
 STREAM = {"messages": [{"role": "user", "content": SECRET}], "stream": True}
-OWNERS = {"weights", "pool", "live_kv", "states", "cached", "staging", "grammars", "transient"}
+OWNERS = {"weights", "pool", "live_kv", "states", "cached", "grammars", "transient"}
 
 
 @pytest.fixture(scope="module", name="server")

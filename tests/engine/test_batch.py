@@ -8,6 +8,7 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from tests.support import tiny_models
+from tests.support.laws import live_buffers
 
 from penstock.engine import batch, seams
 from penstock.engine.batch import RaggedKV, Runner
@@ -100,7 +101,7 @@ def test_a_busy_batch_equals_each_row_alone(name: str) -> None:
     run(runner, requests)
     assert all(request.steps == request.stays for request in requests)
     assert max(request.difference for request in requests) <= TOLERANCE
-    assert runner.live_buffers() == []
+    assert live_buffers(runner) == []
 
 
 @pytest.mark.parametrize("name", ["qwen3_5", "gemma3_text"])
@@ -205,15 +206,15 @@ def test_memory_is_the_sum_of_the_rows_and_goes_with_them() -> None:
     for _ in range(3):
         mx.eval(runner.decode(rows, mx.array([1, 2, 3])))
     alone = [runner.row_bytes(row) for row in rows]
-    assert batch._allocated(runner.live_buffers()) == sum(alone)
+    assert batch._allocated(live_buffers(runner)) == sum(alone)
     assert alone[0] - alone[1] == pytest.approx(980 * 256, rel=0.1)  # one attention layer in four
     runner.close(rows[0])
     mx.eval(runner.decode(rows[1:], mx.array([2, 3])))
-    assert batch._allocated(runner.live_buffers()) == sum(alone[1:])
+    assert batch._allocated(live_buffers(runner)) == sum(alone[1:])
     for row in rows[1:]:
         runner.close(row)
         runner.close(row)
-    assert runner.live_buffers() == []
+    assert live_buffers(runner) == []
     assert mx.get_active_memory() <= before + 64
 
 
@@ -276,7 +277,7 @@ def test_evaluated_logits_mean_evaluated_state(count: int) -> None:
     runner = Runner(tiny_models.build("qwen3_5"))
     rows = [runner.open(8) for _ in range(count)]
     mx.eval(runner.decode(rows, mx.array([1] * count)))
-    assert mx.get_array_buffer_size(runner.live_buffers()) > 0  # raises for what is not evaluated
+    assert mx.get_array_buffer_size(live_buffers(runner)) > 0  # raises for what is not evaluated
 
 
 def test_a_window_masks_each_row_by_its_own_length() -> None:

@@ -16,6 +16,7 @@ import mlx.core as mx
 import pytest
 from tests.support import tiny_models
 from tests.support.engine_loop import EngineLoop
+from tests.support.laws import live_buffers
 
 from penstock import wire
 from penstock.cache import store
@@ -192,9 +193,7 @@ def real_bytes(engine: EngineLoop, cached_only: bool = False) -> int:
     """Of all that is cached, adopted, and lives."""
     adopted = [x for row in engine.cache._adopted for leaf in row.kv for x in (leaf.keys, leaf.values)]
     arrays = cached_arrays(engine.cache.tree) + adopted
-    return int(
-        mx.get_array_buffer_size(arrays if cached_only else arrays + engine.loop.runner.live_buffers())
-    )
+    return int(mx.get_array_buffer_size(arrays if cached_only else arrays + live_buffers(engine.loop.runner)))
 
 
 SHAPES = {

@@ -14,6 +14,7 @@ import mlx.core as mx
 import pytest
 from msgspec import structs
 from tests.support import scaled_models
+from tests.support.laws import live_buffers
 
 from penstock.engine import calibrate, profile
 from penstock.engine.batch import Runner
@@ -45,7 +46,7 @@ def test_chunks_and_contexts_that_were_not_measured_stay_below_their_prediction(
     before = mx.get_active_memory()
     transient = calibrated(runner)
     assert mx.get_active_memory() - before < 128 << 10, "but for constants that the model keeps"
-    assert runner.live_buffers() == []
+    assert live_buffers(runner) == []
     big = []
     for length, context in GRID:
         peak, predicted = measure(runner, length, context).peak, transient.prefill(length, context)

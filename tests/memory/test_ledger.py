@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from tests.support.laws import conserves
 
 from penstock.memory.ledger import Account, Ledger, LedgerError
 
@@ -60,7 +61,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def law(self) -> None:
         if not hasattr(self, "ledger"):
             return
-        assert self.ledger.conserves()
+        assert conserves(self.ledger)
         assert self.ledger.held == sum(lease.size for lease in self.leases)
         assert sum(self.ledger.statement().values()) == self.ledger.held
         assert self.cut or self.ledger.held <= self.ledger.budget

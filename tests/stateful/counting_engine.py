@@ -12,6 +12,8 @@ from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
+from tests.support.laws import conserves
+
 from penstock.engine import scheduler
 from penstock.engine.accounts import Accounts
 from penstock.engine.scheduler import Admit, Chunk, ClearPool, Evict, Facts, GiveUp, Plan, Preempt
@@ -325,7 +327,7 @@ class CountingEngine:
         ledger = self.accounts.ledger
         assert not self.accounts.rows
         assert ledger.held == self.weights + ledger.balance(Account.POOL)
-        assert ledger.conserves()
+        assert conserves(ledger)
         assert ledger.buffers == 0
 
     def useful(self) -> int:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from tests.support.laws import conserves, live_buffers
 
 from penstock import wire
 from penstock.engine.accounts import Accounts
@@ -153,11 +154,11 @@ class EngineLoop:
         assert self.loop.counts["audit_repairs"] == 0
         self.cache.clear()
         assert self.accounts.ledger.balance(Account.CACHED) == 0, "the cache holds what can't be evicted"
-        assert not self.loop.runner.live_buffers(), "the engine is not empty when idle"
+        assert not live_buffers(self.loop.runner), "the engine is not empty when idle"
         assert not self.accounts.rows
         assert self.accounts.ledger.balance(Account.LIVE_KV) == 0
         assert self.accounts.ledger.balance(Account.TRANSIENT) == 0
-        assert self.accounts.ledger.conserves()
+        assert conserves(self.accounts.ledger)
         self.page.close()
 
     def _collect(self) -> None:

@@ -22,7 +22,6 @@ OWNERS = (
     ("live_kv", "running", "▓", "green"),
     ("states", "states", "▚", "cyan"),
     ("cached", "cached", "▒", "yellow"),
-    ("staging", "staging", "▞", "white"),
     ("grammars", "grammars", "▥", "bright_magenta"),
     ("transient", "step", "▤", "magenta"),
     ("pool", "pool", "░", "bright_black"),

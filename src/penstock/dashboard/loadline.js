@@ -14,11 +14,10 @@ const OWNERS = [
   ["states", "states", "Recurrent states of the requests on board"],
   ["cached", "cache", "Prefixes kept for later prompts; they give way to requests"],
   ["grammars", "grammars", "Compiled grammars of structured answers"],
-  ["staging", "to disk", "Copies on their way to the disk"],
   ["transient", "step", "What the step under way is given to compute in"],
   ["pool", "pool", "Freed buffers that the allocator keeps for its next need"],
 ];
-const RARE = ["states", "grammars", "staging"]; // told of where there are any
+const RARE = ["states", "grammars"]; // told of where there are any
 /** @type {Record<string, [string, string]>} */
 const MARKS = { eviction: ["△", "evicted from the cache"], preemption: ["◇", "gave way"], death: ["✕", "engine died"] };
 const KEPT = 600; // seconds

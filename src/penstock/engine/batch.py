@@ -157,10 +157,6 @@ class Runner:
         stacked = self._stack.arrays() if row in self._stack.members else []
         return _allocated(row.arrays()) + _allocated(stacked) // max(1, len(self._stack.members))
 
-    def live_buffers(self) -> list[mx.array]:
-        """Every array of every open row, for audits; don't keep them beyond a step."""
-        return [array for row in self._rows for array in row.arrays()] + self._stack.arrays()
-
     def _obstacle(self) -> str | None:
         name = unknown(Row(make_prompt_cache(self._model), 0).caches)
         return name and f"its {name} has no batched form"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Callable
+from dataclasses import dataclass, field
 from mmap import PAGESIZE
 from typing import Any
 
@@ -83,7 +84,7 @@ def calibrate(
     longest: int,
     pipelined: bool = True,
     per_score: float = 0.0,
-    beat: Callable[[], object] = lambda: None,
+    beat: Callable[[], object] = bool,
 ) -> Transient:
     """The predictor of this model, from measured chunks and decode steps within `room` bytes.
 
@@ -106,22 +107,17 @@ def calibrate(
     return Transient(fit_curve(alone, deep, per_score, block), fit(steps), *draws)
 
 
+@dataclass
 class _Bench:
     """Takes the samples, and knows how long they took."""
 
-    def __init__(
-        self,
-        runner: Runner,
-        vocab_size: int,
-        room: int,
-        beat: Callable[[], object] = lambda: None,
-        pipelined: bool = True,
-    ) -> None:
-        self.runner, self.vocab_size, self.room, self.beat = runner, vocab_size, room, beat
-        self.pipelined = pipelined
-        self.clock = time.process_time if _on_cpu() else time.monotonic
-        self.left = PATIENCE
-        self.rows: list[Row] = []
+    runner: Runner
+    vocab_size: int
+    room: int
+    beat: Callable[[], object] = bool
+    pipelined: bool = True
+    left: float = PATIENCE
+    rows: list[Row] = field(default_factory=list)
 
     def alone(self, longest: int) -> list[Sample]:
         """Chunks without context, doubling in length as long as time and room allow."""
@@ -246,12 +242,12 @@ class _Bench:
             peaks.append(int(mx.get_peak_memory()) - base)
             mx.reset_peak_memory()
 
-        began = self.clock()
+        began = _clock()
         with pace.watched(done):
             arrays = self.runner.prefill(row, [0] * length)
         mx.eval(arrays)
         done()
-        took = self.clock() - began
+        took = _clock() - began
         del arrays
         self.close()
         return took, peaks
@@ -279,8 +275,8 @@ def _lengths(longest: int) -> list[int]:
     return [*lengths, longest]
 
 
-def _on_cpu() -> bool:
-    return device.backend() == "cpu"
+def _clock() -> float:
+    return time.process_time() if device.backend() == "cpu" else time.monotonic()
 
 
 def _full_window(cache: Any) -> int:

@@ -27,7 +27,6 @@ class Account(Enum):
     LIVE_KV = "live_kv"
     STATES = "states"
     CACHED = "cached"
-    STAGING = "staging"
     TRANSIENT = "transient"
     GRAMMARS = "grammars"
 
@@ -123,13 +122,6 @@ class Ledger:
     def statement(self) -> dict[str, int]:
         """Bytes by account, for people and for /v1/status; they add up to `held`."""
         return {account.value: size for account, size in self._held.items()}
-
-    def conserves(self) -> bool:
-        """Whether the conservation law holds; False is a bug in this module."""
-        sums = dict.fromkeys(Account, 0)
-        for lease in self._leases:
-            sums[lease.account] += lease.size
-        return sums == self._held and self._buffers == sum(lease.buffers for lease in self._leases)
 
     def _open(self, account: Account, size: int, buffers: int) -> Lease:
         lease = Lease(account, size, buffers)

@@ -22,7 +22,6 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, combinations, groupby, pairwise
-from typing import Protocol
 
 MARGIN = 1.15
 """What the ledger holds above the fitted peak: run-ahead differs from run to run, and kernels by length."""
@@ -125,17 +124,11 @@ def _between(lengths: Sequence[int], peaks: Sequence[float], length: int) -> flo
     return peaks[-1]
 
 
-class Shape(Protocol):
-    """Anything that predicts a peak from (chunk, ids computed before)."""
-
-    def peak(self, chunks: Sequence[tuple[int, int]]) -> int: ...
-
-
 @dataclass(frozen=True, slots=True)
 class Transient:
     """The predictor of a model on a device: of a prefill chunk and of a decode step."""
 
-    chunk: Shape
+    chunk: Curve | Scalars
     step: Scalars
     usual_draw: int = 0
     """Bytes of a row's draw, beside what `step` knows of: whatever it asks for but XTC."""
