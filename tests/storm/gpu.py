@@ -62,6 +62,8 @@ def play(storm: Storm, args: argparse.Namespace, facts: dict[str, Any]) -> bool:
     print(f"\n{name}: weights {storm.weights / 1e9:.2f} GB, longest alone {storm.alone / 1e9:.2f} GB, "
           f"budget {storm.ceiling / 1e9:.2f} GB")  # fmt: skip
     print("  " + "\n  ".join(record.lines()), flush=True)
+    lacks = record.lacks(args.steps, args.context * 49 // 50)
+    print(f"  shows nothing yet, it lacks: {'; '.join(lacks)}" if lacks else "  tight", flush=True)
     if error:
         print(f"  FAILED: {error}", flush=True)
     fields = {
@@ -70,6 +72,7 @@ def play(storm: Storm, args: argparse.Namespace, facts: dict[str, Any]) -> bool:
         "longest_alone_bytes": storm.alone,
         "ceiling_bytes": storm.ceiling,
         "transient": asdict(storm.transient),
+        "lacks": lacks,
         "error": error,
         **record.fields(),
     }

@@ -56,6 +56,20 @@ class Record:
                 self.worst_copying = said
             self.ratios[kind].append((ratio, measured))
 
+    def lacks(self, steps: int, context: int) -> list[str]:
+        """What a storm of so many steps, with contexts up to so many ids, would need to show something."""
+        wanted = {
+            f"a transient of a fifth of the budget, not {self.largest_share:.2f}": self.largest_share >= 0.2,
+            f"{steps} steps, not {self.steps}": self.steps >= steps,
+            f"a context of {context} ids, not {self.longest_context}": self.longest_context >= context,
+            f"more than {len(self.chunk_lengths)} chunk lengths": len(self.chunk_lengths)
+            >= min(50, steps // 20),
+            "no error": not self.counts["errors"],
+        }
+        for kind in ("shortened", "waits", "preempt"):
+            wanted[f"more {kind} than {self.counts[kind]}"] = self.counts[kind] >= 20 * steps // 2_000
+        return [what for what, there in wanted.items() if not there]
+
     def median_in_use(self) -> float:
         return statistics.median(self.in_use) if self.in_use else 0.0
 

@@ -203,7 +203,8 @@ def fit_curve(
 ) -> Curve:
     """The curve through chunks without context, and through those with: two contexts for each length.
 
-    No sample exceeds its prediction. `deep` may be empty: no layer's work depends on the context.
+    No sample exceeds its prediction. `deep` has lengths of `alone`; or none: no layer's work depends on the
+    context.
     `per_score`: bytes of a (query, key) pair that attention must be expected to hold where other layers hid
     it in all that was measured. `block`: see `Curve`. Raises ValueError without `alone`.
     """
