@@ -79,7 +79,7 @@ def test_a_chat_that_fills_most_of_the_memory_computes_only_what_is_new(name: st
         costs = engine.accounts.costs
         row = costs.row(len(prompt) + 6) + costs.states
         engine.accounts.clear_pool()
-        engine.cache.set_budget(row + max(costs.taking(len(prompt)), costs.kv_per_token * 400))
+        engine.cache.set_budget(row + max(costs.taking(len(prompt) + 6), costs.kv_per_token * 400))
         tokens, cached = ask(engine, prompt)
         assert tokens == uncached(name, prompt), f"turn {turn}"
         assert len(prompt) - cached <= (3_000 if turn == 0 else 61)

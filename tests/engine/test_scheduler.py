@@ -277,7 +277,7 @@ def test_who_comes_back_to_a_cached_prefix_goes_first_but_not_for_ever() -> None
 
 def test_a_row_that_takes_over_its_prefix_needs_that_much_less() -> None:
     waiting = sequence(0, 999, max_tokens=1)
-    plain, taking = entry_bytes(waiting, 1_000, FACTS), FACTS.costs.taking(999)
+    plain, taking = entry_bytes(waiting, 1_000, FACTS), FACTS.costs.taking(1_000)
     entry = (
         FACTS.costs.row(1_000) + FACTS.costs.states + taking
     )  # a part of the prefix is there twice for a moment

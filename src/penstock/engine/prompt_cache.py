@@ -142,7 +142,7 @@ class PromptCache:
         finally:
             self._free(self.tree.unpin(pin, self._now))
         if sequence.reuse:
-            if not self._room(self.costs.taking(match.usable)):
+            if not self._room(self.costs.taking(sequence.capacity)):
                 raise LedgerError("no room for a layer of what is taken over")
             cover = self._covers[sequence.id]
             self.tree.extend(cover, sequence.tokens[: match.usable], self._now)
@@ -264,7 +264,7 @@ class PromptCache:
         if isinstance(measure, Admit):
             kept, sequence.reuse = sequence.reuse <= reuse, min(sequence.reuse, reuse)
             return not kept
-        if sequence.reuse or reuse <= self.costs.taking(match.usable):
+        if sequence.reuse or reuse <= self.costs.taking(sequence.first_capacity):
             return False
         sequence.reuse = reuse
         return True

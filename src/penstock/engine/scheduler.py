@@ -285,7 +285,7 @@ def _entry(
         lacking = entry_bytes(sequence, capacity, facts) - free
     short = lacking
     if sequence.reuse:
-        taking = facts.costs.taking(len(sequence.tokens))
+        taking = facts.costs.taking(capacity)
         short = entry_bytes(sequence, capacity, facts, taking) + headroom - free - sequence.reuse
     if short <= 0:
         return Admit(sequence, capacity)

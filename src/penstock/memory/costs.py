@@ -52,9 +52,10 @@ class Costs:
         """Transient bytes of growing a row: the old buffers of one layer, while the new ones are filled."""
         return self.layer_per_token * old
 
-    def taking(self, length: int) -> int:
-        """Transient bytes of taking over `length` ids: a layer of them, or one segment of all layers."""
-        return max(self.moving(length), self.kv_per_token * min(SEGMENT, length))
+    def taking(self, capacity: int) -> int:
+        """Transient bytes of a row of this capacity that takes over its prefix: one of its layers, while the
+        prefix still has all of its own; or one segment of all layers."""
+        return max(self.moving(capacity), self.kv_per_token * min(SEGMENT, capacity))
 
 
 @dataclass(frozen=True, slots=True)
