@@ -299,8 +299,8 @@ class Options:
     kv_bits: int | None = _option(
         LATER, _whole(1), None, "Bits per number of a quantised KV cache.", refused=NOT_YET
     )
-    kv_group_size: int = _option(LATER, _whole(1), 64, "Group size of such a cache; only with --kv-bits.")
-    quantized_kv_start: int = _option(LATER, _whole(0), 5000, "Its first position; only with --kv-bits.")
+    kv_group_size: int = _option(LATER, _whole(1), 64, "Group size of a quantised cache; with --kv-bits.")
+    quantized_kv_start: int = _option(LATER, _whole(0), 5000, "First quantised position; with --kv-bits.")
 
 
 def listed() -> tuple[Field[Any], ...]:
