@@ -20,7 +20,7 @@ def build(rng: random.Random) -> tuple[Tree, list[array[int]]]:
     sequences = []
     while tree.tokens < IDS:
         sequence = shared + ids(rng, 40_000)
-        keep(tree, sequence, tree.match("", sequence).length, IDS // SEGMENTS)
+        keep(tree, sequence, IDS // SEGMENTS)
         sequences.append(sequence)
     return tree, sequences
 
@@ -29,9 +29,12 @@ def ids(rng: random.Random, count: int) -> array[int]:
     return array("I", rng.choices(range(150_000), k=count))
 
 
-def keep(tree: Tree, sequence: array[int], start: int, step: int = 512) -> None:
-    runs = [(None, min(step, len(sequence) - at), 1) for at in range(start, len(sequence), step)]
-    tree.insert("", sequence, runs, 0)
+def keep(tree: Tree, sequence: array[int], step: int = 512) -> None:
+    """What a row that ends does: its ids are there, and what nobody had becomes segments."""
+    row = tree.lend("", None)
+    assert tree.extend(row, sequence, 0) is None
+    start = tree.unpacked(row)[0][0]
+    tree.drop(row, 0, [(None, min(step, len(sequence) - at), 1) for at in range(start, len(sequence), step)])
 
 
 def timed(name: str, call: Callable[[int], object], times: int = 50) -> None:
@@ -54,13 +57,13 @@ def main() -> None:
     parted = [sequence[:50_000] + ids(rng, 10_000) for sequence in sequences]
     timed("match of 60,000 ids, parted at 50,000", lambda i: tree.match("", parted[i % len(parted)]))
     longer = [sequence + ids(rng, 1_089) for sequence in sequences]
-    timed("insert of a turn of 1,089 ids after 60,000", lambda i: keep(tree, longer[i], 60_000), len(longer))
+    timed("insert of a turn of 1,089 ids after 60,000", lambda i: keep(tree, longer[i]), len(longer))
     fresh = [ids(rng, 60_000) for _ in range(20)]
-    timed("insert of 60,000 new ids", lambda i: keep(tree, fresh[i], 0), len(fresh))
-    timed("insert that splits at 50,000", lambda i: keep(tree, parted[i], 50_000), len(parted))
+    timed("insert of 60,000 new ids", lambda i: keep(tree, fresh[i]), len(fresh))
+    timed("insert that splits at 50,000", lambda i: keep(tree, parted[i]), len(parted))
     one = Tree()
     million = ids(rng, IDS)
-    timed("insert of 1,000,000 ids at once, 10,000 segments", lambda i: keep(one, million, 0, 100), 1)
+    timed("insert of 1,000,000 ids at once, 10,000 segments", lambda i: keep(one, million, 100), 1)
     timed("match of 1,000,000 ids, whole", lambda i: one.match("", million), 20)
     row = tree.lend("", None)
     tree.extend(row, sequences[0], 0)

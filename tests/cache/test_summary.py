@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from array import array
 
+from tests.support.tree_laws import insert
+
 from penstock.cache.summary import summary
 from penstock.cache.tree import Tree
 
@@ -17,8 +19,8 @@ def ids(*parts: list[int]) -> array[int]:
 def tree_of_two() -> Tree:
     """A shared prefix with a long and a short continuation; the short one is a live row's."""
     tree = Tree()
-    tree.insert("", ids(SHARED), [("shared", 100, 1000)], 1)
-    tree.insert("", ids(SHARED, LONG), [("long", 400, 4000)], 2)
+    insert(tree, "", ids(SHARED), [("shared", 100, 1000)], 1)
+    insert(tree, "", ids(SHARED, LONG), [("long", 400, 4000)], 2)
     tree.extend(tree.lend("", "row"), ids(SHARED, SHORT), 3)
     return tree
 
@@ -42,17 +44,17 @@ def test_the_largest_are_told_and_the_others_counted() -> None:
 
 def test_what_hangs_below_one_that_is_not_told_of_names_the_next_above() -> None:
     tree = Tree()
-    tree.insert("", ids(LONG), [("a", 400, 4000)], 1)
-    tree.insert("", ids(LONG, SHORT), [("b", 10, 100)], 2)
+    insert(tree, "", ids(LONG), [("a", 400, 4000)], 1)
+    insert(tree, "", ids(LONG, SHORT), [("b", 10, 100)], 2)
     for first in (1, 2):
-        tree.insert("", ids(LONG, SHORT, [first], LONG), [(f"c{first}", 401, 4010)], 3)
+        insert(tree, "", ids(LONG, SHORT, [first], LONG), [(f"c{first}", 401, 4010)], 3)
     told = summary(tree, 3, most=3)
     assert [(n.parent, n.start) for n in told.tree] == [(None, 0), (0, 410), (0, 410)]
 
 
 def test_rows_that_run_count_as_their_length_though_the_tree_has_no_bytes_of_them() -> None:
     tree = Tree()
-    tree.insert("", ids(SHORT), [("short", 10, 100)], 1)
+    insert(tree, "", ids(SHORT), [("short", 10, 100)], 1)
     tree.extend(tree.lend("", "row"), ids(LONG), 2)
     assert [n.tokens for n in summary(tree, 2, most=1).tree] == [400]
 

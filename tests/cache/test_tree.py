@@ -15,7 +15,7 @@ import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from tests.support.tree_laws import check
+from tests.support.tree_laws import check, insert
 
 from penstock.cache import tree as tree_module
 from penstock.cache.tree import Cut, Tree, TreeError
@@ -154,7 +154,7 @@ class TreeMachine(RuleBasedStateMachine):
         self.before = self.there()
         stored = [(held, len(held.ids), held.size) for held in new]
         freed = self.make_cuts(
-            self.tree.insert(space, whole, stored, now), lambda: self.tree.insert(space, whole, stored, now)
+            insert(self.tree, space, whole, stored, now), lambda: insert(self.tree, space, whole, stored, now)
         )
         if not self.capped:
             assert freed == []

@@ -6,7 +6,7 @@ from array import array
 from typing import Any
 
 import pytest
-from tests.support.tree_laws import check
+from tests.support.tree_laws import check, insert
 
 from penstock.cache.tree import SEGMENT, Cut, Tree, TreeError
 from penstock.cache.value import likelihood
@@ -32,17 +32,17 @@ def test_a_split_copies_one_segment_at_most() -> None:
     put(tree, long, 0)
     other = long[:30_000] + ids((100_000, 1_000))
     runs = [(n, 500, 500) for n in range(2)]
-    cut = tree.insert("", other, runs, 1)
+    cut = insert(tree, "", other, runs, 1)
     assert isinstance(cut, Cut)
     assert cut.segment.end - cut.segment.start <= SEGMENT
     assert cut.segment.start + cut.at == 30_000
     assert (tree.bytes, tree.tokens) == (60_000, 60_000), "nothing has changed yet"
     assert tree.cut(cut, ("a", cut.at), ("b", SEGMENT - cut.at), 1) == [cut.segment.handle]
-    assert tree.insert("", other, runs, 1) == []
+    assert insert(tree, "", other, runs, 1) == []
     assert (tree.bytes, tree.tokens, tree.entries) == (61_000, 61_000, 2)
     check(tree)
     at_border = long[: SEGMENT * 10] + ids((200_000, 10))
-    assert tree.insert("", at_border, [("c", 10, 10)], 1) == [], "between segments it is free"
+    assert insert(tree, "", at_border, [("c", 10, 10)], 1) == [], "between segments it is free"
 
 
 def test_a_split_between_what_is_packed_and_what_is_not() -> None:
@@ -67,7 +67,7 @@ def test_what_hangs_at_a_split_stays_above_it() -> None:
     assert tree.match("", ids((0, 60), (9_000, 10))).usable == 60
     check(tree)
     dense = Tree()
-    dense.insert("", ids((0, 100)), [("a", 80, 80), ("b", 20, 20)], 1)
+    insert(dense, "", ids((0, 100)), [("a", 80, 80), ("b", 20, 20)], 1)
     assert dense.evict(1, 1) == ["b"]
     dense.extend(dense.lend("", "row"), ids((0, 80), (7_000, 10)), 1)
     assert dense.match("", ids((0, 100))).why == "evicted"
@@ -199,8 +199,8 @@ def test_caps_hold_when_a_pin_goes_and_when_halves_are_larger() -> None:
     assert tree.evictable == 0
     assert tree.evict(1, 1) == []
     assert tree.unpin(pin, 2) == ["row"]
-    tree.insert("", ids((0, 512)), [("a", 512, 990)], 3)
-    cut = tree.insert("", ids((0, 100), (9_000, 1)), [("b", 1, 1)], 4)
+    insert(tree, "", ids((0, 512)), [("a", 512, 990)], 3)
+    cut = insert(tree, "", ids((0, 100), (9_000, 1)), [("b", 1, 1)], 4)
     assert isinstance(cut, Cut)
     assert set(tree.cut(cut, ("c", 500), ("d", 510), 4)) == {"a", "d"}
 
@@ -283,7 +283,7 @@ def test_misuse_is_an_error() -> None:
     row = tree.lend("", "row")
     tree.extend(row, ids((0, 10)), 1)
     with pytest.raises(TreeError):
-        tree.insert("", ids((0, 20)), [("a", 5, 5)], 1)
+        insert(tree, "", ids((0, 20)), [("a", 5, 5)], 1)
     with pytest.raises(TreeError):
         tree.pack(row, [("a", 11, 11)], 1)
     pin = tree.pin(tree.match("", ids((0, 10))), 1)

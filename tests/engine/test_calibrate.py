@@ -13,10 +13,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 from msgspec import structs
-from tests.support import scaled_models
+from tests.support import scaled_models, tiny_models
 from tests.support.laws import live_buffers
 
-from penstock.engine import calibrate, profile
+from penstock.engine import calibrate, device, profile
 from penstock.engine.batch import Runner
 from penstock.engine.calibrate import COSTLY, LEAN, USUAL, Sample
 from penstock.engine.sequence import Sequence
@@ -38,6 +38,32 @@ def calibrated(runner: Runner, longest: int = 1024) -> Transient:
 def measure(runner: Runner, length: int, context: int) -> Sample:
     bench = calibrate._Bench(runner, scaled_models.VOCAB, 8 << 30, lambda: None)
     return bench._chunk(length, context)[1]
+
+
+@pytest.mark.parametrize("backend", ["cpu", "metal", "cuda"])
+@pytest.mark.parametrize(
+    ("name", "changes"),
+    [
+        ("qwen3", {}),
+        ("qwen3", {"num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 40}),
+        ("qwen3_5", {"num_key_value_heads": 1, "head_dim": 48}),
+        ("deepseek_v3", {}),
+    ],
+)
+def test_a_row_is_charged_for_whole_pages_and_one_more(
+    name: str, changes: dict, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What MLX's allocators may give for each of its buffers: on a GPU a multiple of 16 KB."""
+    page, multiple = (4_096, 1) if backend == "cpu" else (16_384, 16_384)
+    runner = Runner(tiny_models.make(tiny_models.config_of(name, **changes)))
+    costs = calibrate.costs_of(runner, backend)
+    monkeypatch.setattr(device, "page", lambda: multiple)
+    for capacity in range(1, 2_000, 97):
+        row = runner.open(capacity)
+        runner.build(row, [0])
+        given = [-(-array.nbytes // multiple) * multiple + page for array in row.arrays()]
+        assert sum(given) <= costs.row(capacity)
+        runner.close(row)
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import statistics
 from dataclasses import replace
+from functools import cache
 
 import mlx.core as mx
 import pytest
@@ -23,9 +24,12 @@ from penstock.memory.costs import Costs
 from penstock.memory.predict import Curve, Scalars, Transient
 
 STEPS = int(os.environ.get("STORM_STEPS", "2000"))
-IN_USE = 0.75
-"""Of the budget, at the median over the steps before which a request waited. It differs from storm to storm,
-0.83 to 1.00; that it is 0.85 over many is a law of `tests/stateful`, where a storm costs no time."""
+IN_USE = 0.85
+"""Of the budget, at the median over the steps of all storms before which a request waited.
+
+A single storm may have less: where a large one that was preempted is first in line behind a row whose answer
+has no end, and has been passed by as many as may pass it, the others wait with it.
+"""
 
 
 def show(name: str, record: Record) -> None:
@@ -37,19 +41,28 @@ def is_tight(record: Record) -> None:
     assert record.lacks(STEPS, 8_000) == []
 
 
+@cache
+def in_service(name: str) -> Record:
+    return Storm(name, share=1.15, cache=True).run(STEPS)
+
+
+@cache
+def step_by_step(name: str) -> Record:
+    return Storm(name, seed=1, share=1.15, pipelined=False, cache=True).run(STEPS)
+
+
 @pytest.mark.storm
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_step_passes_the_budget_it_was_planned_under(name: str) -> None:
-    record = Storm(name, share=1.15, cache=True).run(STEPS)
+    record = in_service(name)
     show(f"{name}, as in service", record)
     is_tight(record)
-    assert record.median_in_use() >= IN_USE
 
 
 @pytest.mark.storm
 @pytest.mark.parametrize("name", SHAPES)
 def test_no_step_holds_more_than_was_predicted_for_it(name: str) -> None:
-    record = Storm(name, seed=1, share=1.15, pipelined=False, cache=True).run(STEPS)
+    record = step_by_step(name)
     show(f"{name}, step by step", record)
     is_tight(record)
     assert record.worst() <= 1.0
@@ -57,7 +70,13 @@ def test_no_step_holds_more_than_was_predicted_for_it(name: str) -> None:
     assert record.median_of_big_chunks() >= 0.75
     kinds = {"growth", "decode", "assemble", "publish", *(f"prefill {tenth}" for tenth in range(10))}
     assert kinds <= record.by_kind().keys()
-    assert record.median_in_use() >= IN_USE
+
+
+@pytest.mark.storm
+def test_most_of_the_budget_is_in_use_while_requests_wait() -> None:
+    storms = [storm(name) for name in SHAPES for storm in (in_service, step_by_step)]
+    print("\nin use while requests wait:", [f"{record.median_in_use():.2f}" for record in storms])
+    assert statistics.median(share for record in storms for share in record.in_use) >= IN_USE
 
 
 @pytest.mark.parametrize("pipelined", [True, False])
@@ -149,7 +168,7 @@ def test_half_the_scores_fails() -> None:
 
 @pytest.mark.storm
 @pytest.mark.parametrize("name", SHAPES)
-def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
+def test_the_budget_is_in_use_while_equal_requests_wait(name: str) -> None:
     """Equal requests, more than fit, and so many do that the room of one more is little."""
     storm = Storm(name, seed=3, share=0.9)
     facts = storm.engine.loop.facts
@@ -162,4 +181,4 @@ def test_the_budget_is_in_use_while_requests_wait(name: str) -> None:
     show(name, storm.record)
     assert storm.record.broken == []
     assert len(storm.record.in_use) >= 50
-    assert statistics.median(storm.record.in_use) >= 0.85
+    assert storm.record.median_in_use() >= IN_USE

@@ -1,10 +1,14 @@
-"""The prefix tree's laws, checked by walking all of it."""
+"""The prefix tree's laws, checked by walking all of it; and segments put into it as tests need them."""
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
 from penstock.cache.nodes import WIDTH, Node, below
 from penstock.cache.summary import summary
-from penstock.cache.tree import Tree
+from penstock.cache.tree import Cut, Stored, Tree, TreeError
 
 
 def check(tree: Tree) -> None:
@@ -65,3 +69,28 @@ def check_node(tree: Tree, node: Node) -> None:
             assert node.checkpoints[pin.checkpoint.position] is pin.checkpoint, "a pinned checkpoint is gone"
     for position, _ in node.ghosts:
         assert node.start < position <= node.end
+
+
+def insert(
+    tree: Tree, namespace: str, ids: array[int], stored: Sequence[Stored], now: float
+) -> Cut | list[Any]:
+    """Keep segments of the last ids of `ids`; the first must be in segments. If a Cut, do that first.
+
+    Segments of ids that have one already come back at once. Raises TreeError for a gap or an overlap.
+    """
+    cover = tree.lend(namespace, None)
+    freed: list[Any] = []
+    try:
+        if (cut := tree.extend(cover, ids, now)) is not None:
+            return cut
+        missing = tree.unpacked(cover)
+        at, new = len(ids) - sum(length for _, length, _ in stored), list(stored)
+        while new and at < (missing[0][0] if missing else len(ids)):
+            at += new[0][1]
+            freed.append(new.pop(0)[0])
+        if missing and at != missing[0][0]:
+            raise TreeError(f"segments from {at} on, where {missing[0][0]} is next")
+        tree._pack(cover, new)
+    finally:
+        tree._remove(cover, freed)
+    return tree._within_caps(now, freed)

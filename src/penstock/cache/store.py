@@ -18,7 +18,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import ArraysCache, RotatingKVCache
 
-from penstock.engine.rows import Row, RowKV, RowState, RowWindow
+from penstock.engine.rows import Row, RowKV, RowState, RowWindow, roomy
 
 
 @dataclass(slots=True, eq=False)
@@ -139,7 +139,7 @@ def assemble(row: Row, runs: Sequence[Run]) -> None:
     for leaf in row.kv:
         for which in ("keys", "values"):
             views = [run.views.pop(0) for run in runs]
-            setattr(leaf, which, _joined(views, row.capacity - length))
+            setattr(leaf, which, _joined(views, row.capacity))
             del views
         leaf.offset = length
         mx.eval(leaf.keys, leaf.values)
@@ -202,12 +202,9 @@ def _pieces(part: Part) -> list[mx.array]:
     return [source.arrays[group][place : place + 1, :, part.start : end] for group, place in source.order]
 
 
-def _joined(pieces: list[mx.array], room: int) -> mx.array:
-    """One buffer (1, heads, ids + room, width) of its own; written in place, so that nothing exists twice."""
-    _, heads, _, width = pieces[0].shape
-    length = sum(piece.shape[2] for piece in pieces)
-    joined = mx.zeros((1, heads, length + room, width), pieces[0].dtype)
-    start = 0
+def _joined(pieces: list[mx.array], capacity: int) -> mx.array:
+    """One buffer with room for `capacity` ids; written in place, so that nothing exists twice."""
+    joined, start = roomy(pieces[0], capacity), 0
     for piece in pieces:
         joined[:, :, start : start + piece.shape[2]] = piece  # all axes as slices: twice as fast
         start += piece.shape[2]

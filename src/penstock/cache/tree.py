@@ -69,28 +69,27 @@ class Tree(Holdings):
 
     def match(self, namespace: str, ids: array[int]) -> Match:
         """The longest prefix of `ids` that is there, and what a row can use of it. Counts as no hit."""
-        data = memoryview(ids).cast("B")
-        root = self._roots.get(namespace) or Node(None, 0, bytearray())
-        node, length = walk(root, data)
-        usable, found = self._usable(node, length)
-        return Match(node, length, usable, found, self._why(root, node, data, length, usable))
+        root, node, length, usable, found = self._find(namespace, ids)
+        why = self._why(root, node, memoryview(ids).cast("B"), length, usable)
+        return Match(node, length, usable, found, why)
 
     def want(self, namespace: str, ids: array[int], now: float) -> int:
         """Somebody waits for the prefix of `ids`, so it is no older than `now`: how much can be used."""
-        root = self._roots.get(namespace) or Node(None, 0, bytearray())
-        node, length = walk(root, memoryview(ids).cast("B"))
-        usable, found = self._usable(node, length)
+        _, node, _, usable, found = self._find(namespace, ids)
         for above in up(node):
             above.used = now
         if found is not None:
             found.used = now
         return usable
 
-    def _usable(self, node: Node, length: int) -> tuple[int, Checkpoint | None]:
+    def _find(self, namespace: str, ids: array[int]) -> tuple[Node, Node, int, int, Checkpoint | None]:
+        """The root, where the walk ended, how much is in common, what of it can be used, and from where."""
+        root = self._roots.get(namespace) or Node(None, 0, bytearray())
+        node, length = walk(root, memoryview(ids).cast("B"))
         if not self.stateful:
-            return length, None
+            return root, node, length, length, None
         found = next((kept for n in up(node) if (kept := n.deepest(length)) is not None), None)
-        return (found.position if found else 0), found
+        return root, node, length, found.position if found else 0, found
 
     def _why(self, root: Node, node: Node, data: memoryview, length: int, usable: int) -> str:
         if usable < length:
@@ -305,30 +304,6 @@ class Tree(Holdings):
             node.segments.append(Segment(handle, at, at + ids, size))
             at += ids
             self.bytes += size
-
-    def insert(
-        self, namespace: str, ids: array[int], stored: Sequence[Stored], now: float
-    ) -> Cut | list[Any]:
-        """Keep segments of the last ids of `ids`; the first must be in segments. If a Cut, do that first.
-
-        Segments of ids that have one already come back at once. Raises TreeError for a gap or an overlap.
-        """
-        cover = self.lend(namespace, None)
-        freed: list[Any] = []
-        try:
-            if (cut := self.extend(cover, ids, now)) is not None:
-                return cut
-            missing = self.unpacked(cover)
-            at, new = len(ids) - sum(length for _, length, _ in stored), list(stored)
-            while new and at < (missing[0][0] if missing else len(ids)):
-                at += new[0][1]
-                freed.append(new.pop(0)[0])
-            if missing and at != missing[0][0]:
-                raise TreeError(f"segments from {at} on, where {missing[0][0]} is next")
-            self._pack(cover, new)
-        finally:
-            self._remove(cover, freed)
-        return self._within_caps(now, freed)
 
     def cut(self, cut: Cut, first: tuple[Any, int], rest: tuple[Any, int], now: float) -> list[Any]:
         """The caller has copied a segment as two (handle, bytes); the old handle comes back."""

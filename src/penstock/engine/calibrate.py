@@ -12,7 +12,7 @@ import time
 from array import array
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from mmap import PAGESIZE
+from math import lcm
 from typing import Any
 
 import mlx.core as mx
@@ -40,7 +40,7 @@ PATIENCE = 1.2
 ROWS = 4
 RUNS, DRAWS = 3, 10
 """How often a step is measured, and a draw: how much is free by then differs from run to run."""
-ROUNDING = {"cpu": 2 * PAGESIZE, "metal": 2 * 16_384, "cuda": 2 * 16_384}
+ROUNDING = {"cpu": 2 * 4_096, "metal": 2 * 16_384, "cuda": 2 * 16_384}
 """A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
 
 USUAL = Sampling(
@@ -64,14 +64,17 @@ def costs_of(runner: Runner, backend: str | None = None) -> Costs:
     """What a row costs, from a row of one position; `backend`: another than computes here."""
     row = runner.open(1)
     runner.build(row, [0])
-    kv = [cache.nbytes for cache in row.kv]
+    positions = [[_position(x) for x in (cache.keys, cache.values)] for cache in row.kv]
+    kv = [sum(sizes) for sizes in positions]
     buffers = len(row.arrays())
     windows = [_full_window(leaf) for leaf in row.leaves if isinstance(leaf, RotatingKVCache)]
     states = sum(int(x.nbytes) for cache in row.states for x in cache.cache if x is not None)
     runner.close(row)
     # A window grows by concatenation until it is full: one of them may exist twice.
     fixed = sum(windows) + max(windows, default=0) + states
+    page = device.page(backend)
     rounding = ROUNDING[backend or device.backend()] * buffers
+    rounding += sum(lcm(page, size) - max(page, size) for sizes in positions for size in sizes)
     return Costs(sum(kv), max(kv, default=0), fixed, states, buffers, rounding)
 
 
@@ -280,8 +283,12 @@ def _clock() -> float:
 
 
 def _full_window(cache: Any) -> int:
-    per_position = sum(int(x.nbytes // x.shape[2]) for x in (cache.keys, cache.values))
-    return per_position * int(cache.max_size)
+    return (_position(cache.keys) + _position(cache.values)) * int(cache.max_size)
+
+
+def _position(buffer: Any) -> int:
+    """Bytes of one position of keys or values."""
+    return int(buffer.nbytes // buffer.shape[2])
 
 
 def _fill_window(cache: Any, context: int) -> None:

@@ -55,6 +55,11 @@ def backend() -> str:
     return "cuda" if mx.default_device() == mx.Device(mx.gpu, 0) else "cpu"
 
 
+def page(of: str | None = None) -> int:
+    """To a multiple of how many bytes MLX's allocator rounds up; `of`: another back end than this one."""
+    return 1 if (of or backend()) == "cpu" else 16_384
+
+
 def name() -> str:
     """The device's name, for people."""
     return str(mx.device_info().get("device_name") or platform.machine())

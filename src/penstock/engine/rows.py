@@ -11,20 +11,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from ctypes import addressof, c_char
+from math import lcm
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import ArraysCache, CacheList, KVCache, RotatingKVCache, create_attention_mask
 
-from penstock.engine import pace
+from penstock.engine import device, pace
 from penstock.memory.costs import grown
 
 
 class RowKV:
     """One row's keys and values of one layer, with the attributes of mlx-lm's KVCache.
 
-    Both buffers are (1, heads, capacity, width), allocated at the first write with the capacity reserved by
+    Both buffers are (1, heads, n, width), allocated at the first write with room for what is reserved by
     then; widths differ in MLA layers (latent, rope). Positions from `offset` on hold nothing that counts.
     """
 
@@ -37,7 +38,9 @@ class RowKV:
     @property
     def capacity(self) -> int:
         """Positions there is room for."""
-        return self._reserved if self.keys is None else int(self.keys.shape[2])
+        if self.keys is None or self.values is None:
+            return self._reserved
+        return int(min(self.keys.shape[2], self.values.shape[2]))
 
     def reserve(self, capacity: int) -> None:
         """Make room for `capacity` positions; what is there moves to larger buffers (lazily)."""
@@ -52,8 +55,7 @@ class RowKV:
         if end > self.capacity:
             self.reserve(grown(end))
         if self.keys is None:
-            self.keys, self.values = (mx.zeros((*x.shape[:2], self._reserved, x.shape[3]), x.dtype)
-                                      for x in (keys, values))  # fmt: skip
+            self.keys, self.values = (roomy(x, self._reserved) for x in (keys, values))
         self.keys[..., start:end, :] = keys
         self.values[..., start:end, :] = values  # type: ignore[index]
         self.offset = end
@@ -76,10 +78,6 @@ class RowKV:
     @property
     def state(self) -> tuple[mx.array | None, mx.array | None, int]:
         return self.keys, self.values, self.offset
-
-    @property
-    def nbytes(self) -> int:
-        return 0 if self.keys is None else int(self.keys.nbytes + self.values.nbytes)  # type: ignore[union-attr]
 
 
 class RowWindow(RotatingKVCache):  # type: ignore[misc]
@@ -106,8 +104,20 @@ class RowState(ArraysCache):  # type: ignore[misc]
         self.cache: list[Any] = [None if array is None else mx.contiguous(array) for array in self.cache]
 
 
+def roomy(like: mx.array, capacity: int) -> mx.array:
+    """Zeros (1, heads, n, width) with the heads, width and dtype of `like`; n ≥ capacity, in whole pages.
+
+    The allocator may take a freed buffer that is a page larger than the pages asked for. Where a buffer has
+    more than one page that its array has not, MLX writes to a copy of it (`is_donatable`), each time.
+    """
+    _, heads, _, width = like.shape
+    position = heads * width * like.dtype.size
+    step = lcm(device.page(), position) // position
+    return mx.zeros((1, heads, -(-capacity // step) * step, width), like.dtype)
+
+
 def _enlarged(buffer: mx.array, used: int, capacity: int) -> mx.array:
-    larger = mx.zeros((*buffer.shape[:2], capacity, buffer.shape[3]), buffer.dtype)
+    larger = roomy(buffer, capacity)
     larger[..., :used, :] = buffer[..., :used, :]
     return larger
 
