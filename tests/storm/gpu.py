@@ -26,7 +26,7 @@ from penstock.engine import device, probe, seams
 from penstock.memory.predict import Transient
 
 ROOM = 48 << 30
-"""Bytes that calibration may use on a GPU."""
+"""Bytes that the probe and calibration may use on a GPU."""
 
 
 def calibrated(subject: Subject, longest: int, times: int, pipelined: bool) -> Transient:
@@ -111,7 +111,7 @@ def main() -> int:
         print(f"\n== {subject.words} on {device.backend()}, {device.name()}, "
               f"drawn in {time.monotonic() - began:.0f} s", flush=True)  # fmt: skip
         args.chunk = longest or LARGE[name][2]
-        ahead = not probe.copies(subject.runner._model, subject.runner.mode)
+        ahead = not probe.copies(subject.runner._model, subject.runner.mode, ROOM)
         print(f"steps are launched ahead: {ahead}", flush=True)
         facts = {"model": name, "words": subject.words, "launched_ahead": ahead, "seed": args.seed}
         facts |= {"device": device.name(), "context": args.context, "longest_chunk": args.chunk}

@@ -133,8 +133,6 @@ class Storm:
             return launch(plan)
 
         def watched_observe(step: Any) -> None:
-            if not loop.pipelined:
-                mx.synchronize()  # the step has been read, but its last buffers may still be about to go
             self._compare(self._new_peak())
             observe(step)
             beyond = int(mx.get_cache_memory()) - self.pool
@@ -169,7 +167,6 @@ class Storm:
                     act(*args, **named)
                     step.copied |= accounts.lasting != before  # the peak is the chunk's and the copy's
                     return
-                mx.synchronize()  # the step has been read, but its last buffers may still be about to go
                 peak, leased = self._new_peak(), self.leased
                 active, before = int(mx.get_active_memory()), accounts.lasting
                 self.leased = before

@@ -360,6 +360,8 @@ class Loop:
         if step is None:
             return
         try:
+            if following is None:
+                mx.synchronize()  # its buffers are free as well: the next step writes to rows in place
             if step.draws is not None:
                 self._read_draws(step, step.draws)
             if step.chunk is not None:

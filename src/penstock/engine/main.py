@@ -83,10 +83,10 @@ def _prepare(options: wire.EngineOptions, budget: wire.Budget, channel: EngineCh
     facts = loaded.facts
     channel.send(wire.Loading("probe"))
     page.begin(Phase.PROBE)
-    found = probe.probe(loaded.model, forced=options.batch_mode)
+    room = budget.ceiling - facts.weights_bytes
+    found = probe.probe(loaded.model, options.batch_mode, room)
     runner = Runner(loaded.model, mode=found.mode, reason=found.reason)
     costs = calibrate.costs_of(runner)
-    room = budget.ceiling - facts.weights_bytes
     transient = _transient(options, loaded, runner, found.pipelined, room, channel, page)
     mx.clear_cache()
     held = max(facts.weights_bytes + transient.constants, int(mx.get_active_memory()))

@@ -16,7 +16,7 @@ from typing import Any
 import mlx.core as mx
 from mlx_lm.models.cache import make_prompt_cache
 
-from penstock.engine import calibrate, loader
+from penstock.engine import calibrate, device, loader
 from penstock.engine.batch import Runner
 
 STEPS = 6
@@ -33,6 +33,8 @@ LIKELY = 64
 NOISE_FACTOR = 4.0
 PROBE_BYTES = 32 << 20
 PROBE_LENGTH = 1 << 15
+"""How large a row `copies` looks at, in bytes on the CPU, which computes what it launches, and in ids. A GPU
+may be done with a short row before it is written again, and not with a long one."""
 COPIED_SHARE = 0.1
 """Of a row's bytes: a copy of less than this is as cheap as waiting for the read."""
 
@@ -46,10 +48,10 @@ class Findings:
     pipelined: bool
 
 
-def probe(model: Any, forced: str = "auto") -> Findings:
-    """Try the model; `forced` "ragged" or "serial" settles the mode without trying it."""
+def probe(model: Any, forced: str = "auto", room: int = 4 * PROBE_BYTES) -> Findings:
+    """Try the model within `room` bytes; `forced` "ragged" or "serial" settles the mode without trying it."""
     mode, reason = _mode(model) if forced == "auto" else (forced, "as told")
-    return Findings(mode, reason, pipelined=not copies(model, mode))
+    return Findings(mode, reason, pipelined=not copies(model, mode, room))
 
 
 def _mode(model: Any) -> tuple[str, str]:
@@ -158,18 +160,19 @@ def _largest(values: mx.array) -> float:
     return float(values.max().item())  # type: ignore[arg-type]
 
 
-def copies(model: Any, mode: str) -> bool:
+def copies(model: Any, mode: str, room: int) -> bool:
     """Whether launching a step before reading the last one copies K/V buffers.
 
     One row with a long context (faked: buffers of zeros, offsets set) takes the same steps read one by one
     and launched ahead; a short row does so too, which tells what running ahead costs besides copies. Takes
-    at most about twice `PROBE_BYTES` for a moment.
+    at most about half of `room` for a moment.
     """
     runner = Runner(model, mode)
     per_token = calibrate.costs_of(runner).kv_per_token
     if not per_token:
         return False
-    length = min(max(64, PROBE_BYTES // per_token), PROBE_LENGTH)
+    most = min(room // 4, PROBE_BYTES) if device.backend() == "cpu" else room // 4
+    length = min(max(64, most // per_token), PROBE_LENGTH)
     excess = [_peak(runner, n, ahead=True) - _peak(runner, n, ahead=False) for n in (length, 16)]
     return excess[0] - excess[1] > COPIED_SHARE * length * per_token
 
