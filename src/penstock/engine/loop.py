@@ -82,10 +82,9 @@ class Loop:
         eos_ids: frozenset[int],
         pipelined: bool = True,
     ) -> None:
-        self.runner = runner
-        self.channel, self.page, self.facts, self.accounts = channel, page, facts, accounts
+        self.runner, self.channel, self.page = runner, channel, page
+        self.facts, self.accounts, self.cache = facts, accounts, cache
         self.active: Callable[[], int] = mx.get_active_memory
-        self.cache = cache
         self.leaving: list[Sequence] = []
         self.correction = Correction()
         self.counts: Counter[str] = Counter()
