@@ -89,6 +89,7 @@ class Storm:
         mx.clear_cache()
         self.weights = mx.get_active_memory()
         self.alone = Fit(costs, self.transient).alone(self.context)
+        self.foreign = self.weights - subject.weights
         self.ceiling = self.weights + int(share * self.alone)
         self.cache_limit, self.memory_limit = mx.set_cache_limit(0), mx.set_memory_limit(self.ceiling)
         self.engine = EngineLoop(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,9 +47,16 @@ class Subject:
     per_score: float = 0.0
     """What attention must be expected to hold of a (query, key) pair, in bytes: as the server does."""
 
+    @property
+    def weights(self) -> int:
+        """Bytes."""
+        return sum(int(array.nbytes) for _, array in tree_flatten(self.runner._model.parameters()))
+
 
 def small(name: str, context: int = 8_192) -> Subject:
-    """One of `SHAPES` in float32."""
+    """One of `SHAPES` in float32, alone in memory: what other tests keep would count as its weights."""
+    scaled_models.runner.cache_clear()
+    gc.collect()
     runner = scaled_models.runner(name, **SHAPES[name])
     score = _per_score(scaled_models.config_of(name, **SHAPES[name]), scaled_models.VOCAB)
     return Subject(runner, scaled_models.VOCAB, context, 4 << 30, name, score)
