@@ -133,6 +133,14 @@ def test_progress_begins_after_five_seconds_and_comes_every_five() -> None:
     assert said[20] == "req 3f2: prefill 20,000/64,523, 30 %, ~45 s left"
 
 
+def test_what_is_left_goes_by_the_last_seconds_and_not_by_what_was_lost_before() -> None:
+    pace = log.PrefillPace()
+    said = [pace.note("1", done, 60_000, now) for now, done in enumerate(range(10_000, 52_000, 7_000))]
+    assert said[-1] == "req 1: prefill 45,000/60,000, 75 %, ~2 s left"
+    assert pace.note("1", 11_000, 60_000, 10.0) == "req 1: prefill 11,000/60,000, 18 %", "its step failed"
+    assert pace.note("1", 36_000, 60_000, 15.0) == "req 1: prefill 36,000/60,000, 60 %, ~5 s left"
+
+
 def test_a_prefill_that_is_done_or_gone_starts_afresh() -> None:
     pace = log.PrefillPace()
     pace.note("1", 0, 100, 0.0)

@@ -76,21 +76,21 @@ class PrefillPace:
     """Decides when a prefill's progress is worth a line, and estimates what is left. Pure."""
 
     def __init__(self) -> None:
-        self._open: dict[str, tuple[float, int, float]] = {}
-        """When and where a prefill was first seen, and when it was last spoken of."""
+        self._open: dict[str, tuple[int, float]] = {}
+        """How far a prefill was when it was first seen or last spoken of, and when that was."""
 
     def note(self, id: str, done: int, total: int, now: float) -> str | None:
         """Progress at `now` (seconds, monotonic); the line for it, or None if it is too soon for one."""
         if done >= total:
             self.forget(id)
             return None
-        began, done_then, said = self._open.setdefault(id, (now, done, now))
+        done_then, said = self._open.setdefault(id, (done, now))
         if now - said < PROGRESS_EVERY:
             return None
-        self._open[id] = began, done_then, now
+        self._open[id] = done, now
         line = f"req {id}: prefill {done:,}/{total:,}, {100 * done // total} %"
         if done > done_then:
-            line += f", ~{(now - began) / (done - done_then) * (total - done):.0f} s left"
+            line += f", ~{(now - said) / (done - done_then) * (total - done):.0f} s left"
         return line
 
     def forget(self, id: str) -> None:
