@@ -7,7 +7,7 @@ import mlx.core as mx
 import pytest
 from tests.support import tiny_models
 
-from penstock.engine import probe, seams
+from penstock.engine import calibrate, device, probe, seams
 from penstock.engine.batch import RaggedKV, Runner
 from penstock.engine.rows import RowKV
 
@@ -131,6 +131,23 @@ def test_copies_of_a_step_launched_ahead_are_seen(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(mx, "eval", evaluate)
     model = tiny_models.make(tiny_models.config_of("qwen3", num_hidden_layers=1))
     assert not probe.probe(model, forced="ragged").pipelined
+
+
+@pytest.mark.parametrize(
+    ("backend", "room", "longest"),
+    [("cpu", 1 << 40, 4096), ("metal", 1 << 40, 1 << 15), ("cuda", 8 << 20, 2048), ("cuda", -1, 64)],
+)
+def test_a_gpu_is_looked_at_with_a_long_row_if_there_is_room(
+    backend: str, room: int, longest: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an H200 a row of 1,300 ids showed no copies, one of 16,000 did."""
+    looked: list[int] = []
+    monkeypatch.setattr(device, "backend", lambda: backend)
+    monkeypatch.setattr(probe, "_peak", lambda runner, length, ahead: looked.append(length) or 0)
+    model = tiny_models.build("qwen3")
+    assert calibrate.costs_of(Runner(model)).kv_per_token == 1024
+    assert not probe.copies(model, "ragged", room)
+    assert set(looked) == {longest, 16}
 
 
 def test_the_probe_leaves_no_memory_behind() -> None:
