@@ -40,8 +40,9 @@ PATIENCE = 1.2
 ROWS = 4
 RUNS, DRAWS = 3, 10
 """How often a step is measured, and a draw: how much is free by then differs from run to run."""
-ROUNDING = {"cpu": 2 * 4_096, "metal": 2 * 16_384, "cuda": 2 * 16_384}
-"""A buffer may be larger than was asked for by this: whole pages, or a freed one taken again."""
+LEAST_PAGE = 4_096
+"""A buffer may be larger than was asked for by two pages, at least of this size: one that it is rounded up
+by, one that a freed buffer has too much which is taken again."""
 
 USUAL = Sampling(
     temperature=1.0,
@@ -73,7 +74,7 @@ def costs_of(runner: Runner, backend: str | None = None) -> Costs:
     # A window grows by concatenation until it is full: one of them may exist twice.
     fixed = sum(windows) + max(windows, default=0) + states
     page = device.page(backend)
-    rounding = ROUNDING[backend or device.backend()] * buffers
+    rounding = 2 * max(LEAST_PAGE, page) * buffers
     rounding += sum(lcm(page, size) - max(page, size) for sizes in positions for size in sizes)
     return Costs(sum(kv), max(kv, default=0), fixed, states, buffers, rounding)
 
